@@ -1,0 +1,85 @@
+"""The worker's composition root: `celery -A pipeline_app` finds `app` here. Nobody imports it.
+
+The main process and every child of its pool get a runtime of their own at first use; what they share is in `Shared`,
+made here, before any fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Any
+
+from celery import signals
+
+from pipeline_app import settings as settings_module
+from pipeline_app.application import load_pipelines, make_celery, prepare
+from pipeline_app.control.sweep import Sweep
+from pipeline_app.errors import StoreError
+from pipeline_app.flow.consume import Flow, StageRequest, worker_stops
+from pipeline_app.flow.lifeline import Shared
+from pipeline_app.flow.worker import Follow, WorkerProcess
+from pipeline_app.runtime import Runtime, build
+
+__all__ = ["app"]
+
+_settings = settings_module.current()
+_pipelines = load_pipelines(_settings.pipelines)
+_shared = Shared()
+_lock = threading.Lock()
+_flows: dict[int, Flow] = {}
+
+
+def _flow() -> Flow:
+    """This process's flow; a child must not use what was connected before the fork."""
+    flow = _flows.get(os.getpid())
+    if flow is None:
+        with _lock:
+            flow = _flows.get(os.getpid())
+            if flow is None:
+                rt = build(
+                    _settings,
+                    app,
+                    _pipelines,
+                    incarnation=lambda: _shared.incarnation,
+                    version=lambda: _shared.version,
+                )
+                flow = _flows[os.getpid()] = Flow(rt, worker_stops)
+    return flow
+
+
+def _runtime() -> Runtime:
+    return _flow().rt
+
+
+app = make_celery(_settings, _pipelines, _flow)
+
+Follow.process = WorkerProcess(_shared, _pipelines, _runtime)
+app.steps["consumer"].add(Follow)
+StageRequest.on_lost = Follow.process.janitor.lost
+
+_sweep = Sweep(_runtime)
+
+
+def _up() -> None:
+    """The store is laid out by whoever comes first; a worker that starts before the store does waits for it."""
+    # While the store is away the lifeline says so; and what was seeded has been laid out by its seeder.
+    with contextlib.suppress(StoreError):
+        prepare(_runtime())
+    _sweep.start()
+
+
+Follow.process.on_up.append(_up)
+Follow.process.on_leave.append(_sweep.stop)
+
+
+def _revoked(request: Any = None, **_: Any) -> None:
+    """A revoked message is acknowledged by Celery: its jobs go on under a message of another id."""
+    task_id = getattr(request, "id", None)
+    if task_id is not None:
+        Follow.process.janitor.revoked(task_id)
+
+
+signals.worker_shutdown.connect(Follow.process.leave)
+signals.task_revoked.connect(_revoked)

@@ -1,0 +1,325 @@
+"""Adding jobs to a run, in batches that are open under a lease.
+
+A stream is published as it comes, page by page. A whole batch (a file) shows nothing of itself before it is closed,
+and a duplicate id takes all of it back. Either way memory is bounded by a page.
+
+States of a batch: open -> closing -> closed; open -> interrupted (its seeder died; seeding on with `skip_existing`
+closes it); open -> removing (taken back). The sweep finishes what a dead seeder left in closing or removing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from bson import ObjectId
+
+from pipeline_app.control.publishing import publish_or_leave
+from pipeline_app.domain.job import JobLine, as_job_line, job_key
+from pipeline_app.domain.partition import partition_key, queue_name, target_tags
+from pipeline_app.domain.plan import RunPlan
+from pipeline_app.domain.states import JobState, MessageState, WaitReason
+from pipeline_app.errors import BadJobLineError, DuplicateJobError, PipelineError, RefusedError, StoreError
+from pipeline_app.flow.enqueue import new_messages
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import counters, events, jobs, manifests, messages, partitions, transition
+from pipeline_app.store.client import Document
+from pipeline_app.store.encoding import UnstorableError, encode
+from pipeline_app.store.transition import SEED_PREFIX, DuplicateKeyFoundError, Transition
+from pipeline_app.store.workers import LEASE_S, RENEW_S
+
+logger = logging.getLogger(__name__)
+
+#: Jobs in one transaction.
+PAGE = 1000
+#: And bytes of their payloads, roughly.
+PAGE_BYTES = 16 * 1024 * 1024
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded:
+    """What a seeding did."""
+
+    run: str
+    batch: str
+    #: Jobs that were added.
+    added: int
+    #: Jobs that were in the run already (only with `skip_existing`).
+    skipped: int
+    #: Whether the broker has all that may go now; if not, the sweep publishes it.
+    published: bool
+
+
+def seed(
+    rt: Runtime,
+    run: str,
+    lines: Iterable[JobLine | Mapping[str, Any]],
+    *,
+    whole: bool = False,
+    skip_existing: bool = False,
+    progress: Progress = lambda added: None,
+) -> Seeded:
+    """Add jobs to a run, in constant memory.
+
+    Args:
+        whole: nothing is published before all are in, and an error takes all of them back; without it, what was added
+            before an error stays.
+        skip_existing: jobs that are in the run already are passed over, and batches whose seeder died are closed.
+        progress: called with the number of jobs added so far.
+
+    Raises NotFoundError, RefusedError (the run was cancelled), BadJobLineError, DuplicateJobError, StoreError.
+    """
+    manifest = manifests.get(rt.store, run)
+    if manifest["cancelled_at"] is not None:
+        raise RefusedError(f"run {manifest['_id']} was cancelled", hint="make another run")
+    batch = _Batch(rt, RunPlan.of(manifest), whole=whole, skip_existing=skip_existing)
+    with batch.leased():
+        try:
+            for page in _pages(_numbered(lines)):
+                batch.add(page)
+                progress(batch.added)
+        except BaseException as exc:
+            batch.abandon(exc)
+            raise
+        batch.close()
+    if skip_existing:
+        for row in manifests.batches(rt.store, batch.plan.run, "interrupted"):
+            batch.published &= close_batch(rt, row)
+    return Seeded(
+        run=batch.plan.run, batch=batch.id, added=batch.added, skipped=batch.skipped, published=batch.published
+    )
+
+
+def _numbered(lines: Iterable[JobLine | Mapping[str, Any]]) -> Iterator[JobLine]:
+    for number, line in enumerate(lines, start=1):
+        yield as_job_line(line, number)
+
+
+def _pages(lines: Iterator[JobLine]) -> Iterator[list[JobLine]]:
+    while page := list(itertools.islice(lines, PAGE)):
+        yield page
+
+
+class _Batch:
+    """A batch while its seeder works on it."""
+
+    def __init__(self, rt: Runtime, plan: RunPlan, *, whole: bool, skip_existing: bool) -> None:
+        self.rt = rt
+        self.plan = plan
+        self.id = str(ObjectId())
+        self.whole = whole
+        self.skip_existing = skip_existing
+        self.added = 0
+        self.skipped = 0
+        self.published = True
+        self._partitions: set[str] = set()
+
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """The batch is open, and a thread keeps it so, however slowly its jobs come."""
+        manifests.open_batch(self.rt.store, self.id, run=self.plan.run, whole=self.whole, lease_s=LEASE_S)
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(RENEW_S):
+                try:
+                    manifests.renew_batch(self.rt.store, self.id, jobs=self.added, lease_s=LEASE_S)
+                except StoreError as exc:
+                    logger.warning("the batch's lease was not renewed: %s", exc)
+
+        thread = threading.Thread(target=renew, name="pipeline-seed-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def add(self, lines: Sequence[JobLine]) -> None:
+        """One transaction (or a few, if payloads are large): jobs, their messages, counters and an event."""
+        if self.skip_existing:
+            there = jobs.existing(self.rt.store, [job_key(self.plan.run, line.job_id) for line in lines])
+            fresh = [line for line in lines if job_key(self.plan.run, line.job_id) not in there]
+            self.skipped += len(lines) - len(fresh)
+            lines = fresh
+        self._refuse_doubles(lines)
+        rows: list[tuple[JobLine, Document]] = []
+        size = 0
+        for line in lines:
+            row = self._document(line, self.rt.store.now())
+            size += self._size(line, row)
+            rows.append((line, row))
+            if size > PAGE_BYTES:
+                self._insert(rows)
+                rows, size = [], 0
+        if rows:
+            self._insert(rows)
+
+    def _refuse_doubles(self, lines: Sequence[JobLine]) -> None:
+        seen: set[str] = set()
+        for line in lines:
+            if line.job_id in seen:
+                raise DuplicateJobError(f"job {line.job_id!r} is there twice")
+            seen.add(line.job_id)
+
+    def _document(self, line: JobLine, now: datetime) -> Document:
+        row = jobs.document(
+            run=self.plan.run,
+            job_id=line.job_id,
+            batch=self.id,
+            tags=dict(line.tags),
+            partition=partition_key(line.tags, self.plan.partition_by),
+            stage=self.plan.stages[0].name,
+            payload=line.payload,
+            now=now,
+            expires_at=line.expiry(),
+        )
+        due_at = line.due_at(now)
+        if due_at is not None and due_at > now:
+            row |= {"state": JobState.WAITING, "reason": WaitReason.DELAY, "due_at": due_at}
+        else:
+            row["state"] = JobState.PENDING
+        return row
+
+    def _size(self, line: JobLine, row: Document) -> int:
+        try:
+            return len(encode(row).raw)
+        except UnstorableError as exc:
+            raise BadJobLineError(f"job {line.job_id!r}: its payload cannot be stored: {exc}") from exc
+
+    def _insert(self, rows: Sequence[tuple[JobLine, Document]]) -> None:
+        now = self.rt.store.now()
+        documents = [row for _, row in rows]
+        self._ensure_partitions(rows)
+        whole = Transition(worker=SEED_PREFIX + self.id, now=now, new_jobs=documents)
+        groups: dict[str, list[Document]] = defaultdict(list)
+        for row in documents:
+            place = (self.plan.run, row["stage"], row["partition"])
+            whole.count(place, None, row["state"], 1)
+            whole.counts[place]["seeded"] += 1
+            if row["state"] == JobState.PENDING:
+                groups[row["partition"]].append(row)
+        for partition, group in groups.items():
+            self._give_messages(whole, partition, group, now)
+        first = self.plan.stages[0].name
+        ids = [row["job"] for row in documents]
+        whole.events.append(transition.event(self.plan.run, first, "seeded", jobs=ids, now=now, batch=self.id))
+        try:
+            transition.apply(self.rt.store, whole)
+        except DuplicateKeyFoundError as exc:
+            job_id = next((row["job"] for row in documents if row["_id"] == exc.key), exc.key)
+            raise DuplicateJobError(
+                f"job {job_id!r} is in run {self.plan.run} already", hint="--skip-existing passes over such jobs"
+            ) from exc
+        self.added += len(documents)
+        if not self.whole:
+            self.published &= publish_or_leave(self.rt, whole.messages)
+
+    def _give_messages(self, whole: Transition, partition: str, group: Sequence[Document], now: datetime) -> None:
+        by_id = {row["job"]: row for row in group}
+        for message in new_messages(self.plan, self.plan.stages[0].name, partition, list(by_id), now):
+            message["batch"] = self.id
+            if self.whole:
+                message["state"] = MessageState.DRAFT
+            for job_id in message["jobs"]:
+                by_id[job_id]["message"] = message["_id"]
+            whole.messages.append(message)
+
+    def _ensure_partitions(self, rows: Sequence[tuple[JobLine, Document]]) -> None:
+        """Workers must be able to find a partition's queues before the first message is in one."""
+        new: list[Document] = []
+        for line, row in rows:
+            if row["partition"] not in self._partitions:
+                self._partitions.add(row["partition"])
+                tags = target_tags(line.tags, self.plan.partition_by)
+                new.extend(_partition_rows(self.plan, row["partition"], tags))
+        partitions.ensure(self.rt.store, new)
+
+    def abandon(self, exc: BaseException) -> None:
+        """An error ends the seeding: a whole batch is taken back, a stream keeps what it added."""
+        store = self.rt.store
+        if isinstance(exc, StoreError):
+            return  # the sweep finds it when its lease has ended
+        if self.whole:
+            if manifests.set_batch(store, self.id, "removing", expected=("open", "interrupted")):
+                remove_batch(self.rt, self.plan.run, self.id)
+            return
+        # A stream that was refused a line is closed: what it added is all there is of it. One whose seeder was
+        # stopped from outside is not known to be complete.
+        if isinstance(exc, PipelineError):
+            self.close()
+        else:
+            manifests.set_batch(store, self.id, "interrupted", expected=("open",), jobs=self.added)
+
+    def close(self) -> None:
+        """All jobs are in: a whole batch opens its messages and publishes them."""
+        manifests.renew_batch(self.rt.store, self.id, jobs=self.added, lease_s=LEASE_S)
+        self.published &= close_batch(self.rt, {"_id": self.id, "run": self.plan.run})
+
+
+def _partition_rows(plan: RunPlan, partition: str, tags: dict[str, str]) -> list[Document]:
+    return [
+        {
+            "_id": queue_name(plan.pipeline, stage.name, partition),
+            "pipeline": plan.pipeline,
+            "stage": stage.name,
+            "partition": partition,
+            "tags": tags,
+        }
+        for stage in plan.stages
+    ]
+
+
+def close_batch(rt: Runtime, batch: Document) -> bool:
+    """Close a batch and publish what was hidden; False if the broker is away and the sweep has to.
+
+    May be asked again after any crash.
+    """
+    manifests.set_batch(rt.store, batch["_id"], "closing", expected=("open", "interrupted", "closing"))
+    messages.open_drafts(rt.store, batch["_id"])
+    counters.release(rt.store, SEED_PREFIX + batch["_id"])
+    manifests.set_batch(rt.store, batch["_id"], "closed", expected=("closing",))
+    published = True
+    found = messages.open_of_batch(rt.store, batch["_id"])
+    while page := list(itertools.islice(found, PAGE)):
+        published = publish_or_leave(rt, page)
+        if not published:
+            break
+    return published
+
+
+def remove_batch(rt: Runtime, run: str, batch: str) -> None:
+    """Take a batch back that never showed itself; may be asked again after any crash."""
+    messages.delete_batch(rt.store, batch)
+    jobs.delete_batch(rt.store, run, batch)
+    counters.delete_process(rt.store, SEED_PREFIX + batch)
+    events.delete_batch(rt.store, run, batch)
+    manifests.delete_batch(rt.store, batch)
+
+
+def hidden_batches(rt: Runtime) -> list[str]:
+    """Whole batches that are not closed: their jobs don't show yet."""
+    rows = manifests.batches_in(rt.store, "open", "interrupted", "removing")
+    return [row["_id"] for row in rows if row["whole"]]
+
+
+def sweep(rt: Runtime) -> None:
+    """What seeders left behind that died."""
+    for row in manifests.abandoned_batches(rt.store, "open", "closing", "removing"):
+        if row["state"] == "open":
+            logger.warning("its seeder is gone: batch=%s run=%s", row["_id"], row["run"])
+            manifests.set_batch(rt.store, row["_id"], "interrupted", expected=("open",))
+        elif row["state"] == "closing":
+            close_batch(rt, row)
+        else:
+            remove_batch(rt, row["run"], row["_id"])
+

@@ -1,0 +1,99 @@
+"""How an attempt ended, and what that makes of the job. Decisions are data; the record step carries them out."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pipeline_app.domain.states import DeadKind
+
+#: Longer texts of errors are cut: a ledger line is not a log file.
+MAX_ERROR_TEXT = 2_000
+MAX_TRACEBACK = 8_000
+
+
+class AttemptOutcome(StrEnum):
+    """How one execution of a handler ended, as the ledger has it."""
+
+    OK = "ok"
+    FAILED = "failed"
+    DEFERRED = "deferred"
+    LOST = "lost"
+    REFUSED = "refused"
+
+
+class Move(StrEnum):
+    """What becomes of a job after its attempt, or instead of one."""
+
+    #: To the next stage, or terminal after the last.
+    ADVANCE = "advance"
+    #: Tried again later.
+    RETRY = "retry"
+    #: Dead-lettered.
+    BURY = "bury"
+    #: Its run or the job itself was cancelled.
+    CANCEL = "cancel"
+    #: Waits until a worker that knows its run's definition is there.
+    AWAIT_DEFINITION = "await_definition"
+    #: Not this message's job any more: leave it alone.
+    SKIP = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorRecord:
+    """An exception as the ledger keeps it."""
+
+    type: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, exc: BaseException) -> ErrorRecord:
+        """The record of `exc`; its traceback starts below the framework's own frames."""
+        text = "".join(traceback.format_exception(exc))
+        if len(text) > MAX_TRACEBACK:
+            text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
+        return cls(type=_type_name(exc), message=_clean(_message(exc))[:MAX_ERROR_TEXT], traceback=_clean(text))
+
+    def as_dict(self) -> dict[str, str]:
+        """For documents and JSON."""
+        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The verdict on one job of a message."""
+
+    job_id: str
+    move: Move
+    #: How the attempt ended; None if the handler was not run.
+    attempt: AttemptOutcome | None = None
+    #: The encoded output document (BSON); only when the attempt is ok.
+    output: Any = None
+    error: ErrorRecord | None = None
+    #: Only for BURY.
+    kind: DeadKind | None = None
+    #: Only for RETRY.
+    due_at: datetime | None = None
+    started_at: datetime | None = None
+    duration_s: float = 0.0
+
+
+def _type_name(exc: BaseException) -> str:
+    cls = type(exc)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _message(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except Exception:  # noqa: BLE001 - an exception whose __str__ fails is still an outcome
+        return "(its message cannot be read)"
+
+
+def _clean(text: str) -> str:
+    """Text that BSON can hold: a lone surrogate, as undecodable file names bring it, becomes `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00")

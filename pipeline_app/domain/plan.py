@@ -1,0 +1,67 @@
+"""A run's definition as its manifest keeps it: all that moving jobs needs, without the handlers' code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipeline_app.errors import NotFoundError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """A stage in a manifest."""
+
+    name: str
+    chunk: int
+    losses: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run's manifest, read."""
+
+    run: str
+    pipeline: str
+    hash: str
+    stages: tuple[StagePlan, ...]
+    partition_by: tuple[str, ...] | None
+    #: Signatures of the user's own Celery tasks after the last stage.
+    then: tuple[dict[str, Any], ...]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> RunPlan:
+        """The plan in a manifest document."""
+        definition = manifest["definition"]
+        partition_by = definition["partition_by"]
+        return cls(
+            run=manifest["_id"],
+            pipeline=manifest["pipeline"],
+            hash=manifest["hash"],
+            stages=tuple(
+                StagePlan(name=row["name"], chunk=row["chunk"], losses=row["losses"]) for row in definition["stages"]
+            ),
+            partition_by=None if partition_by is None else tuple(partition_by),
+            then=tuple(manifest["then"]),
+            created_at=manifest["created_at"],
+        )
+
+    def stage(self, name: str) -> StagePlan:
+        """The stage of that name. Raises NotFoundError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = ", ".join(stage.name for stage in self.stages)
+        raise NotFoundError(f"run {self.run} has no stage {name!r}", hint=f"its stages are {known}")
+
+    def after(self, name: str) -> StagePlan | None:
+        """The stage after `name`; None after the last."""
+        following = self.rest(name)
+        return following[0] if following else None
+
+    def rest(self, name: str) -> tuple[StagePlan, ...]:
+        """The stages after `name`."""
+        return self.stages[self.stages.index(self.stage(name)) + 1 :]

@@ -1,0 +1,17 @@
+"""The data plane: how a chunk goes through a stage. One module for each word of it.
+
+    seed -> enqueue -> [RabbitMQ: stage.partition] -> consume -> claim -> gates -> handle -> record -> forward -> ...
+
+    consume.py   Celery's side: the task of a stage, what becomes of its message in every case
+    claim.py     from a hint to the jobs and their inputs, owned by this worker
+    gates.py     which of the jobs may run
+    handle.py    run the handler for each, and say how it ended
+    record.py    make all of it durable in one transaction, in common with other threads' records
+    enqueue.py   the only place where jobs are given a message
+    forward.py   publish what was recorded
+    give_back.py close a claim that will not be recorded, and enqueue its jobs anew
+
+    group.py     lets threads that ask for the same thing at the same time share one round trip
+    lifeline.py  the worker's lease, and what its processes share
+    worker.py    Celery's bootsteps: which queues a worker consumes, and when it pauses
+"""

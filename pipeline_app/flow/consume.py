@@ -1,0 +1,206 @@
+"""Celery's side of a stage: its task, and what becomes of the task's message in every case.
+
+`StageTask.__call__` is the one place where a failed write can keep a message un-acknowledged in every pool: what is
+raised later, or in a signal receiver, is too late or goes unheard. Messages end like this:
+
+    recorded, or not ours to run any more       returns         acknowledged
+    every job of it failed                      ChunkFailed     acknowledged; Flower shows the traceback
+    the store is away before the claim,
+    or the worker stops                         Reject(requeue) back into the queue
+    not understood                              returns         acknowledged after it was parked
+    the child died                              StageRequest    back into the queue; its claim is given back
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from celery import Task
+from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+
+from pipeline_app.domain.hint import Hint
+from pipeline_app.domain.outcome import AttemptOutcome, ErrorRecord, Move, Outcome
+from pipeline_app.domain.pipeline import Stage
+from pipeline_app.errors import PipelineError, StoreError
+from pipeline_app.flow import claim, gates, handle, record
+from pipeline_app.flow.forward import Notes, forward
+from pipeline_app.flow.give_back import give_back
+from pipeline_app.flow.group import Group
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import messages, partitions
+from pipeline_app.store.client import Document
+
+logger = logging.getLogger(__name__)
+
+#: How long a message that is not claimed yet waits for the store inside its slot before it goes back.
+CLAIM_PATIENCE_S = 60.0
+#: Pauses between two tries while the store is away: doubled up to the second.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
+
+
+class ChunkFailedError(PipelineError):
+    """Every job of the chunk failed; what became of each is recorded."""
+
+
+class Flow:
+    """One process's way through claim, gates, handle, record and forward, shared by its threads."""
+
+    def __init__(self, rt: Runtime, when_stopping: Callable[[], bool]) -> None:
+        self.rt = rt
+        self.notes = Notes(rt)
+        self._stopping = when_stopping
+        self._claims: Group[str, claim.Work | None] = Group(lambda ids: claim.claim(rt, ids))
+        self._records: Group[record.Record, list[Document]] = Group(lambda rows: record.record_together(rt, rows))
+
+    def run(self, hint: Hint) -> str:
+        """Take the hint's message through its stage, and return what happened in a few words.
+
+        Raises ChunkFailedError; Reject, before anything was claimed.
+        """
+        work = self._claim(hint.message)
+        if work is None:
+            return "not open"
+        pipeline = self.rt.pipeline_of(work.plan)
+        if pipeline is None:
+            self._record(work, [Outcome(job_id=job, move=Move.AWAIT_DEFINITION) for job in work.job_ids], "")
+            return "waits for a worker with its definition"
+        stage = pipeline.stage(work.stage)
+        ready, refused = gates.sort(self.rt, work)
+        outcomes = handle.handle(self.rt, work, stage, ready)
+        next_messages = self._record(work, refused + outcomes, stage.handler.code_version)
+        forward(self.rt, next_messages, self.notes)
+        return summary(refused + outcomes)
+
+    def give_up(self, message: str, exc: BaseException) -> None:
+        """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
+        claimed = messages.claimed(self.rt.store, _id=message, worker=self.rt.incarnation())
+        for row in claimed:
+            forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc)), self.notes)
+
+    def _claim(self, message: str) -> claim.Work | None:
+        """The claim, waiting inside the slot while the store is away: nothing spins, and the message is safe."""
+        deadline = time.monotonic() + CLAIM_PATIENCE_S
+        pause = FIRST_PAUSE_S
+        while True:
+            if self._stopping():
+                raise Reject("the worker stops", requeue=True)
+            try:
+                return self._claims.submit(message)
+            except StoreError as exc:
+                if time.monotonic() > deadline:
+                    raise Reject(exc, requeue=True) from exc
+                logger.warning("claim waits: message=%s: %s", message, exc)
+                time.sleep(pause)
+                pause = min(pause * 2, LAST_PAUSE_S)
+
+    def _record(self, work: claim.Work, outcomes: Sequence[Outcome], code_version: str) -> list[Document]:
+        """The record, tried until it is known: the handlers ran, and only this process knows how that ended."""
+        entry = record.Record(work=work, outcomes=outcomes, code_version=code_version)
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return self._records.submit(entry)
+            except StoreError as exc:
+                logger.warning("record waits: message=%s: %s", work.message, exc)
+                time.sleep(pause)
+                pause = min(pause * 2, LAST_PAUSE_S)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """What Flower shows as the result: `18 advance, 2 retry`.
+
+    Raises ChunkFailedError if handlers ran and every one failed.
+    """
+    ran = [outcome for outcome in outcomes if outcome.attempt is not None]
+    failed = [outcome for outcome in ran if outcome.attempt is AttemptOutcome.FAILED]
+    if ran and len(failed) == len(ran):
+        error = failed[0].error
+        assert error is not None
+        first = error.traceback or error.message
+        raise ChunkFailedError(f"{len(failed)} of {len(ran)} jobs failed; the first:\n{first}")
+    counts = {str(move): sum(o.move is move for o in outcomes) for move in Move}
+    return ", ".join(f"{number} {move}" for move, number in counts.items() if number)
+
+
+def worker_stops() -> bool:
+    """Whether this worker was told to stop. Children of a prefork pool don't know; theirs are given back by Celery."""
+    flags = (worker_state.should_stop, worker_state.should_terminate)
+    # An exit code of 0 is a reason to stop, too.
+    return any(flag is not None and flag is not False for flag in flags)
+
+
+class StageRequest(Request):  # type: ignore[misc]  # Celery ships no types
+    """What the main process knows of a message in a child. A child that is killed can record nothing itself."""
+
+    #: Called with the message id and the error when a child was lost; set by the worker.
+    on_lost: ClassVar[Callable[[str, BaseException], None] | None] = None
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        exc = getattr(exc_info.exception, "exc", exc_info.exception)
+        on_lost = type(self).on_lost
+        if not isinstance(exc, (WorkerLostError, TimeLimitExceeded)) or on_lost is None:
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        worker_state.task_ready(self)
+        on_lost(self.id, exc)
+        # Back into the queue, in case it was not claimed yet; if it was, the second delivery finds it closed.
+        return self.reject(requeue=True)
+
+    def on_timeout(self, soft: bool, timeout: float) -> Any:
+        # The base class would acknowledge here; on_failure has dealt with the message already.
+        return super().on_timeout(soft, timeout) if soft else None
+
+
+class StageTask(Task):  # type: ignore[misc]  # Celery ships no types
+    """The Celery task of a stage, named `pipeline.stage`."""
+
+    abstract = True
+    Request = "pipeline_app.flow.consume:StageRequest"
+    acks_late = True
+    reject_on_worker_lost = True
+    acks_on_failure_or_timeout = True
+    ignore_result = True
+    typing = False  # whatever arrives is looked at by Hint.read, and parked if it is not ours
+    throws = (ChunkFailedError,)
+
+    def __init__(self, name: str, stage: Stage, flow: Callable[[], Flow]) -> None:
+        self.name = name
+        self.stage = stage
+        self._flow = flow
+
+    def run(self, *args: Any, **kwargs: Any) -> str:
+        """What a stage does with a message; Celery calls it by way of `__call__`."""
+        hint = Hint.read(args, kwargs)
+        if isinstance(hint, str):
+            return self._park(args, kwargs, hint)
+        return self._flow().run(hint)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        # The next stages are published by forward, under the message ids that the record made. Celery's tracer would
+        # publish the chain once more, and acknowledge if that fails.
+        self.request.chain = None
+        try:
+            return self.run(*args, **kwargs)
+        except (Reject, ChunkFailedError):
+            raise
+        except StoreError as exc:
+            raise Reject(exc, requeue=True) from exc
+        except Exception as exc:
+            logger.exception("our own error: message=%s task=%s", self.request.id, self.name)
+            self._flow().give_up(self.request.id, exc)
+            raise
+
+    def _park(self, args: Sequence[Any], kwargs: dict[str, Any], reason: str) -> str:
+        """Keep a message that is in our queue and is none of ours."""
+        rt = self._flow().rt
+        body = json.dumps([list(args), kwargs], default=str).encode()
+        queue = (self.request.delivery_info or {}).get("routing_key") or ""
+        logger.error("parked: queue=%s task=%s: %s", queue, self.name, reason)
+        headers = {"task": self.name, "id": self.request.id}
+        partitions.park(rt.store, queue=queue, body=body, headers=headers, reason=reason)
+        return f"parked: {reason}"

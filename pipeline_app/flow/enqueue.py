@@ -1,0 +1,69 @@
+"""The only place where jobs are given a message, whoever asks: seeding, forwarding, the sweep, giving back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+from pipeline_app.domain.job import idempotency_key
+from pipeline_app.domain.partition import queue_name
+from pipeline_app.domain.plan import RunPlan
+from pipeline_app.domain.states import JobState
+from pipeline_app.store import messages
+from pipeline_app.store.client import Document
+
+
+def split(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """`items` in pieces of at most `size`, in order."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def new_messages(
+    plan: RunPlan, stage: str, partition: str, job_ids: Sequence[str], now: datetime, *, chunk: int | None = None
+) -> list[Document]:
+    """Messages for jobs that go to a stage's partition, in chunks of the stage's size (or `chunk`)."""
+    size = chunk or plan.stage(stage).chunk
+    return [
+        messages.document(
+            run=plan.run,
+            pipeline=plan.pipeline,
+            stage=stage,
+            partition=partition,
+            queue=queue_name(plan.pipeline, stage, partition),
+            jobs=piece,
+            now=now,
+        )
+        for piece in split(job_ids, size)
+    ]
+
+
+def then_message(
+    plan: RunPlan, partition: str, generations: Mapping[str, int], source: str, now: datetime
+) -> Document:
+    """The message that carries results of the last stage to the user's own tasks.
+
+    `generations` are those of its jobs, `source` is the message whose outputs they are. No worker of ours claims it:
+    it is closed when the broker has it.
+    """
+    document = messages.document(
+        run=plan.run,
+        pipeline=plan.pipeline,
+        stage=messages.THEN,
+        partition=partition,
+        queue=then_queue(plan.pipeline),
+        jobs=list(generations),
+        now=now,
+    )
+    keys = [idempotency_key(plan.run, job, messages.THEN, generation) for job, generation in generations.items()]
+    return {**document, "source": source, "keys": keys}
+
+
+def then_queue(pipeline: str) -> str:
+    """What stands for a queue in messages to the user's own tasks; Celery's routes decide where they really go."""
+    return f"{pipeline}.{messages.THEN}"
+
+
+def enqueued_state(message: str) -> Document:
+    """What a job's document says when it is in that message."""
+    return {"state": JobState.PENDING, "message": message}

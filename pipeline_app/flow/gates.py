@@ -1,0 +1,67 @@
+"""Which of a message's jobs may run. The order is the tuple; a gate looks at memory only, never at the network.
+
+A job can be stopped at a gate without touching the others of its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from pipeline_app.domain.outcome import Move, Outcome
+from pipeline_app.domain.states import DeadKind
+from pipeline_app.flow.claim import Work
+from pipeline_app.runtime import Runtime
+
+#: Says what becomes of the job instead of running, or None to let it pass.
+Gate = Callable[[Runtime, Work, str, datetime], Outcome | None]
+
+
+def duplicate(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
+    """A job that names another message by now is not this message's any more."""
+    job = work.jobs.get(job_id)
+    if job is None or job["message"] != work.message:
+        return Outcome(job_id=job_id, move=Move.SKIP)
+    return None
+
+
+def cancelled(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
+    """Nothing of a cancelled run starts."""
+    return Outcome(job_id=job_id, move=Move.CANCEL) if rt.memory.is_cancelled(work.plan.run) else None
+
+
+def expired(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
+    """A job is not started after its time."""
+    expires_at = work.jobs[job_id].get("expires_at")
+    if expires_at is None or now <= expires_at:
+        return None
+    return Outcome(job_id=job_id, move=Move.BURY, kind=DeadKind.EXPIRED)
+
+
+#: Asked once, when a chunk is claimed.
+GATES: tuple[Gate, ...] = (duplicate, cancelled, expired)
+#: Asked again right before each job's handler: a chunk may take long.
+LATE_GATES: tuple[Gate, ...] = (cancelled, expired)
+
+
+def ask(gates: tuple[Gate, ...], rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:
+    """The first objection of `gates`, or None."""
+    for gate in gates:
+        outcome = gate(rt, work, job_id, now)
+        if outcome is not None:
+            return outcome
+    return None
+
+
+def sort(rt: Runtime, work: Work) -> tuple[list[str], list[Outcome]]:
+    """The jobs that may run, and the verdicts on the others."""
+    now = rt.store.now()
+    ready: list[str] = []
+    refused: list[Outcome] = []
+    for job_id in work.job_ids:
+        outcome = ask(GATES, rt, work, job_id, now)
+        if outcome is None:
+            ready.append(job_id)
+        else:
+            refused.append(outcome)
+    return ready, refused

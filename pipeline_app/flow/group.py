@@ -1,0 +1,77 @@
+"""Group commit: what several threads ask for at the same time is done in one go.
+
+Whoever comes while nothing is under way does the work, for itself and for all that come meanwhile; there is no thread
+of its own and no waiting for company. In a process with one thread it costs a lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Place(Generic[Item, Result]):
+    """One caller's item, and what became of it."""
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self.woken = threading.Event()
+        self.done = False
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+
+
+class Group(Generic[Item, Result]):
+    """Shares calls of `work`, which takes a list of items and gives as many results, in order."""
+
+    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], *, limit: int = 64) -> None:
+        self._work = work
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._waiting: list[_Place[Item, Result]] = []
+        self._led = False
+
+    def submit(self, item: Item) -> Result:
+        """The result for `item`; raises what `work` raised for the items that it was done with."""
+        place: _Place[Item, Result] = _Place(item)
+        with self._lock:
+            self._waiting.append(place)
+            lead = not self._led
+            self._led = True
+        if not lead:
+            place.woken.wait()
+        if not place.done:
+            self._lead(place)
+        if place.error is not None:
+            raise place.error
+        return place.result  # type: ignore[return-value]  # set whenever done without an error
+
+    def _lead(self, own: _Place[Item, Result]) -> None:
+        while not own.done:
+            with self._lock:
+                places, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
+            self._do(places)
+            for place in places:
+                if place is not own:
+                    place.woken.set()
+        with self._lock:
+            successor = self._waiting[0] if self._waiting else None
+            self._led = successor is not None
+        if successor is not None:
+            # Not done yet, and woken: it leads from here.
+            successor.woken.set()
+
+    def _do(self, places: Sequence[_Place[Item, Result]]) -> None:
+        try:
+            results = self._work([place.item for place in places])
+            for place, result in zip(places, results, strict=True):
+                place.result = result
+        except BaseException as exc:  # noqa: BLE001 - it is raised again, in the thread of each caller
+            for place in places:
+                place.error = exc
+        for place in places:
+            place.done = True

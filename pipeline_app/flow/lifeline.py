@@ -1,0 +1,169 @@
+"""A worker's lease, kept by an OS thread of its main process, and what its processes share.
+
+The thread renews the lease for as long as the process lives, however long handlers run, and tells the rest of the
+process whether the store answers, which partitions there are, and that flags (a cancelled run) have changed. The
+children of a prefork pool see no remote control: they read the version and the incarnation from shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.sharedctypes import RawArray, RawValue
+from typing import Any
+
+import psutil
+
+from pipeline_app.errors import StoreError
+from pipeline_app.runtime import new_incarnation
+from pipeline_app.store import partitions, workers
+from pipeline_app.store.client import Document, Store
+
+logger = logging.getLogger(__name__)
+
+#: How often the thread looks for what has changed.
+TICK_S = 0.5
+#: How often it looks for new partitions.
+PARTITIONS_S = 1.0
+#: Signal in the store that flags in manifests have changed.
+FLAGS = "flags"
+
+
+class Shared:
+    """Memory that the main process writes and its children read; made before they are forked."""
+
+    def __init__(self) -> None:
+        self._names = [RawArray("c", 128), RawArray("c", 128)]
+        self._current = RawValue("i", 0)
+        self._version = RawValue("q", -1)
+        self.incarnation = new_incarnation()
+
+    @property
+    def incarnation(self) -> str:
+        """Name of the lease that covers the worker's claims."""
+        return bytes(self._names[self._current.value].value).decode()
+
+    @incarnation.setter
+    def incarnation(self, name: str) -> None:
+        # Into the half that nobody reads, then switch: a child never sees half a name.
+        other = 1 - self._current.value
+        self._names[other].value = name.encode()
+        self._current.value = other
+
+    @property
+    def version(self) -> int:
+        """Version of the flags that workers keep in memory."""
+        return int(self._version.value)
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version.value = version
+
+
+class Lifeline:
+    """Keeps a worker registered. `describe` gives the fields of its record that are not the lease's own."""
+
+    def __init__(
+        self, url: str, shared: Shared, pipelines: Sequence[str], describe: Callable[[], Document]
+    ) -> None:
+        self._url = url
+        self._shared = shared
+        self._pipelines = list(pipelines)
+        self._describe = describe
+        self._stopped = False
+        self._registered = False
+        self._lock = threading.Lock()
+        #: Whether the store answered lately; while it does not, nothing is consumed.
+        self.healthy = False
+        #: Partition documents, as they were when the store last answered.
+        self.partitions: list[Document] = []
+
+    def start(self) -> None:
+        """Register at once if the store answers, and go on in a thread."""
+        store = Store(self._url, app_name="pipeline_app lifeline")
+        try:
+            store.synchronise()
+            self._tick(store, 0)
+        except StoreError as exc:
+            logger.warning("waiting for the store: %s", exc)
+        finally:
+            store.close()
+        start_os_thread(self._run)
+
+    def end(self, store: Store) -> None:
+        """Say goodbye: no sign of life after this."""
+        with self._lock:
+            self._stopped = True
+            if self._registered:
+                workers.end(store, self._shared.incarnation, "stopped")
+
+    def _run(self) -> None:
+        # A client of its own, made in this thread: under gevent it must not share a hub with the handlers.
+        store = Store(self._url, app_name="pipeline_app lifeline")
+        ticks = 0
+        while not self._stopped:
+            try:
+                self._tick(store, ticks)
+                if not self.healthy:
+                    logger.info("the store answers: worker=%s", self._shared.incarnation)
+                self.healthy = True
+            except StoreError as exc:
+                if self.healthy:
+                    logger.warning("the store is away, consuming pauses: %s", exc)
+                self.healthy = False
+            except Exception:
+                # Whatever it is, a thread that ends here would cost the worker its lease.
+                logger.exception("lifeline")
+            ticks += 1
+            time.sleep(TICK_S)
+        store.close()
+
+    def _tick(self, store: Store, ticks: int) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            if not self._registered or ticks % round(workers.RENEW_S / TICK_S) == 0:
+                self._renew(store)
+        self._shared.version = workers.version(store, FLAGS)
+        if ticks % round(PARTITIONS_S / TICK_S) == 0:
+            self.partitions = partitions.of_pipelines(store, self._pipelines)
+        self.healthy = True
+
+    def _renew(self, store: Store) -> None:
+        fields = {"rss_bytes": _memory_of_tree()}
+        if self._registered and workers.renew(store, self._shared.incarnation, fields):
+            return
+        if self._registered:
+            # The sweep gave our work to others: what runs now is refused, what is claimed from here on is ours again.
+            self._shared.incarnation = new_incarnation()
+            logger.warning("the lease had ended; new incarnation: worker=%s", self._shared.incarnation)
+        workers.register(store, self._shared.incarnation, {**self._describe(), **fields})
+        self._registered = True
+
+
+def _memory_of_tree() -> int:
+    """Resident bytes of this process and its children."""
+    me = psutil.Process(os.getpid())
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it ended in between
+            continue
+    return total
+
+
+def start_os_thread(run: Callable[[], Any]) -> None:
+    """Run in a thread of the operating system, also where gevent has put greenlets in the place of threads."""
+    try:
+        from gevent.monkey import get_original, is_module_patched
+    except ImportError:
+        threading.Thread(target=run, name="pipeline-lifeline", daemon=True).start()
+        return
+    if is_module_patched("threading"):
+        get_original("_thread", "start_new_thread")(run, ())
+    else:
+        threading.Thread(target=run, name="pipeline-lifeline", daemon=True).start()

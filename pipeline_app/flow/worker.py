@@ -1,0 +1,245 @@
+"""The worker's main process: which queues it consumes, when it pauses, what it does for lost children, how it leaves.
+
+`Follow` is a bootstep of Celery's consumer: it starts again after every reconnect and, in between, makes the set of
+consumed queues what it should be: all partitions of the worker's stages, or none while the store is away.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from celery import bootsteps
+from kombu import Queue
+
+from pipeline_app.domain.outcome import ErrorRecord
+from pipeline_app.domain.partition import DEFAULT, queue_name
+from pipeline_app.domain.pipeline import Pipeline
+from pipeline_app.errors import BrokerError, StoreError
+from pipeline_app.flow import forward
+from pipeline_app.flow.give_back import give_back, take_open
+from pipeline_app.flow.lifeline import Lifeline, Shared
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import messages
+from pipeline_app.store.client import Document
+from pipeline_app.transport.topology import IDLE_QUEUE, named_queue
+
+logger = logging.getLogger(__name__)
+
+#: How often the consumed queues are compared with what they should be.
+FOLLOW_S = 1.0
+
+
+class Selection:
+    """Which queues `-Q` asks for: names of stages (`survey.load` brings all partitions), of partitions, or others."""
+
+    def __init__(self, names: Iterable[str] | None, pipelines: Mapping[str, Pipeline]) -> None:
+        stages = {queue_name(p.name, s.name, DEFAULT): (p.name, s.name) for p in pipelines.values() for s in p.stages}
+        chosen = None if names is None else [name for name in names if name != IDLE_QUEUE]
+        #: (pipeline, stage) whose partitions are all consumed.
+        self.stages = {pair for name, pair in stages.items() if chosen is None or name in chosen}
+        #: Queues that were named one by one and are partitions of a stage.
+        self.exact = {n for n in chosen or () if n not in stages and any(n.startswith(f"{s}.") for s in stages)}
+        #: Queues that are none of ours; Celery consumes them as it would without us.
+        self.others = {name for name in chosen or () if name not in stages} - self.exact
+
+    def wanted(self, partitions: Iterable[Document]) -> set[str]:
+        """Names of the stage queues to consume, given the partitions that exist."""
+        names = {queue_name(pipeline, stage, DEFAULT) for pipeline, stage in self.stages}
+        names |= {row["_id"] for row in partitions if (row["pipeline"], row["stage"]) in self.stages}
+        return names | self.exact
+
+
+class Janitor:
+    """Gives back messages of lost children, from a thread, so that the main process goes on serving the others."""
+
+    def __init__(self, runtime: Callable[[], Runtime]) -> None:
+        self._runtime = runtime
+        self._todo: queue.Queue[tuple[str, ErrorRecord | None]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def lost(self, message: str, exc: BaseException) -> None:
+        """The child that ran this message was killed, or exceeded its time."""
+        self._add(message, ErrorRecord(type=type(exc).__name__, message=str(exc), traceback=""))
+
+    def revoked(self, message: str) -> None:
+        """The message's Celery task was revoked: its jobs go on under another id."""
+        self._add(message, None)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all is given back, at most that long."""
+        deadline = time.monotonic() + seconds
+        while self._todo.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _add(self, message: str, lost: ErrorRecord | None) -> None:
+        self._todo.put((message, lost))
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pipeline-janitor", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            message, lost = self._todo.get()
+            pause = 0.2
+            while not self._give_back(message, lost):
+                time.sleep(pause)
+                pause = min(pause * 2, 5.0)
+            self._todo.task_done()
+
+    def _give_back(self, message: str, lost: ErrorRecord | None) -> bool:
+        rt = self._runtime()
+        try:
+            rows = messages.claimed(rt.store, _id=message, worker=rt.incarnation())
+            if not rows and lost is None:
+                taken = take_open(rt, message)
+                rows = [taken] if taken else []
+            for row in rows:
+                publish_now(rt, give_back(rt, row, lost=lost))
+        except StoreError as exc:
+            logger.warning("giving back waits: message=%s: %s", message, exc)
+            return False
+        except Exception:
+            # It stays claimed by this worker until that ends; retrying a bug for ever helps nobody.
+            logger.exception("cannot give back: message=%s", message)
+        return True
+
+
+def publish_now(rt: Runtime, documents: list[Document]) -> None:
+    """Publish what was given back; what fails is the sweep's."""
+    try:
+        forward.publish(rt, documents)
+        messages.note_published(rt.store, [row["_id"] for row in documents])
+    except (BrokerError, StoreError) as exc:
+        logger.warning("not published: messages=%d: %s; the sweep will", len(documents), exc)
+
+
+class WorkerProcess:
+    """What the main process of a worker has besides Celery's own. Made before the pool forks."""
+
+    def __init__(self, shared: Shared, pipelines: Mapping[str, Pipeline], runtime: Callable[[], Runtime]) -> None:
+        self.shared = shared
+        self.pipelines = pipelines
+        self.runtime = runtime
+        self.janitor = Janitor(runtime)
+        self.lifeline: Lifeline | None = None
+        self.selection = Selection(None, pipelines)
+        #: Called once when the worker is up, and once before it leaves: the sweep.
+        self.on_up: list[Callable[[], None]] = []
+        self.on_leave: list[Callable[[], None]] = []
+        self._pid = os.getpid()
+        self._left = False
+
+    def up(self, consumer: Any) -> None:
+        """Register, after the pool was forked and before anything is consumed."""
+        if self.lifeline is not None:
+            return
+        rt = self.runtime()
+        record = self._record(consumer)
+        self.lifeline = Lifeline(rt.settings.mongodb_url, self.shared, list(self.pipelines), lambda: record)
+        self.lifeline.start()
+        atexit.register(self.leave)
+        for start in self.on_up:
+            start()
+
+    def leave(self, **_: Any) -> None:
+        """Give back what is still claimed and close the record. Once, in the main process, whatever ended it."""
+        if self._left or self.lifeline is None or os.getpid() != self._pid:
+            return
+        self._left = True
+        for stop in self.on_leave:
+            stop()
+        self.janitor.drain(5.0)
+        rt = self.runtime()
+        try:
+            for row in messages.claimed(rt.store, worker=self.shared.incarnation):
+                logger.info("giving back: message=%s", row["_id"])
+                publish_now(rt, give_back(rt, row, lost=None))
+            self.lifeline.end(rt.store)
+        except StoreError as exc:
+            logger.warning("could not say goodbye, the lease will end: %s", exc)
+
+    def _record(self, consumer: Any) -> Document:
+        pool = type(consumer.pool).__module__.rpartition(".")[2]
+        return {
+            "worker": consumer.hostname,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pool": {"thread": "threads"}.get(pool, pool),
+            "concurrency": consumer.pool.num_processes if pool != "solo" else 1,
+            "queues": sorted({queue_name(*pair, DEFAULT) for pair in self.selection.stages} | self.selection.exact),
+            "stages": sorted(f"{pipeline}.{stage}" for pipeline, stage in self.selection.stages),
+            "select": [],
+            "skip": [],
+            "definitions": sorted(pipeline.hash for pipeline in self.pipelines.values()),
+            "state": "running",
+            "ended_at": None,
+        }
+
+
+class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Consumes the queues that the worker should, as they come and go."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+    #: Set by the composition root.
+    process: WorkerProcess
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        queues = consumer.app.amqp.queues
+        named = queues._consume_from
+        process = self.process
+        process.selection = Selection(None if named is None else list(named), process.pipelines)
+        if named is None:
+            process.selection.others = {consumer.app.conf.task_default_queue}
+        # "Nothing of ours yet": what is consumed is decided here, again and again.
+        queues._consume_from = {name: queues[name] for name in process.selection.others}
+        self._timer: Any = None
+
+    def start(self, consumer: Any) -> None:
+        """Declare the queues to begin with; Celery starts consuming them when its loop runs."""
+        self.process.up(consumer)
+        self._sync(consumer, started=False)
+        self._timer = consumer.timer.call_repeatedly(FOLLOW_S, consumer.call_soon, (self._sync, consumer))
+
+    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - the signature is Celery's
+        """Before a reconnect, and at the end."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def shutdown(self, consumer: Any) -> None:
+        """Celery's name for the last stop."""
+        self.stop(consumer)
+
+    def _sync(self, consumer: Any, started: bool = True) -> None:
+        lifeline = self.process.lifeline
+        if consumer.task_consumer is None or lifeline is None:
+            return
+        wanted = self.process.selection.wanted(lifeline.partitions) if lifeline.healthy else set()
+        queue_type = self.process.runtime().settings.queue_type
+        have = {q.name for q in consumer.task_consumer.queues} - self.process.selection.others
+        for name in sorted(wanted - have):
+            self._add(consumer, named_queue(name, queue_type), started)
+        for name in sorted(have - wanted):
+            consumer.cancel_task_queue(name)
+
+    def _add(self, consumer: Any, stage_queue: Queue, started: bool) -> None:
+        queues = consumer.app.amqp.queues
+        queues.add(stage_queue)
+        if started:
+            consumer.add_task_queue(stage_queue.name)
+        else:
+            # Only declared: before the loop runs, a delivery would find no callback and end the worker.
+            consumer.task_consumer.add_queue(stage_queue)
+        # What a reconnect begins with.
+        queues._consume_from[stage_queue.name] = stage_queue

@@ -1,0 +1,74 @@
+"""`job_attempts`: the ledger. Every execution of a handler, how it ended, under which code, where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pymongo.errors import BulkWriteError
+
+from pipeline_app.domain.job import job_key
+from pipeline_app.store.client import Document, Store, translated
+
+
+def attempt_id(run: str, job_id: str, stage: str, message: str) -> str:
+    """`_id` of the attempt that counts for this message; one that was refused has its token behind it."""
+    return f"{job_key(run, job_id)}/{stage}/{message}"
+
+
+def insert_refused(store: Store, rows: Sequence[Document]) -> None:
+    """Keep what a worker did that had lost its claim: all that is left of it."""
+    if not rows:
+        return
+    with translated(store):
+        try:
+            store.db.job_attempts.insert_many(rows, ordered=False)
+        except BulkWriteError as exc:  # told twice: once is enough
+            if any(error["code"] != 11000 for error in exc.details["writeErrors"]):
+                raise
+
+
+def of_job(store: Store, run: str, job_id: str) -> list[Document]:
+    """A job's attempts, oldest first."""
+    prefix = job_key(run, job_id) + "/"
+    with translated(store):
+        # "0" is the character after "/".
+        rows = list(store.db.job_attempts.find({"_id": {"$gte": prefix, "$lt": prefix[:-1] + "0"}}))
+    return sorted(rows, key=lambda row: (row["started_at"], row["_id"]))
+
+
+def by_ids(store: Store, ids: Sequence[str]) -> dict[str, Document]:
+    """`_id` -> attempt."""
+    with translated(store):
+        return {row["_id"]: row for row in store.db.job_attempts.find({"_id": {"$in": list(ids)}})}
+
+
+def of_run(store: Store, run: str, *, stage: str | None, limit: int) -> list[Document]:
+    """The last `limit` attempts of a run, oldest first."""
+    query: Document = {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}}
+    if stage is not None:
+        query["stage"] = stage
+    with translated(store):
+        rows = list(store.db.job_attempts.find(query).sort([("started_at", -1), ("_id", -1)]).limit(limit))
+    return rows[::-1]
+
+
+def recorded_twice(store: Store, run: str) -> Iterator[Document]:
+    """`{job, stage, generation, n}` where a stage was recorded as done more than once in one generation."""
+    stages: list[Document] = [
+        {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
+        {"$group": {"_id": {"job": "$job", "stage": "$stage", "generation": "$generation"}, "n": {"$sum": 1}}},
+        {"$match": {"n": {"$gt": 1}}},
+    ]
+    with translated(store):
+        for row in store.db.job_attempts.aggregate(stages, allowDiskUse=True):
+            yield {**row["_id"], "n": row["n"]}
+
+
+def count_ok(store: Store, run: str) -> dict[str, int]:
+    """Stage -> attempts that ended ok."""
+    stages: list[Document] = [
+        {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
+        {"$group": {"_id": "$stage", "n": {"$sum": 1}}},
+    ]
+    with translated(store):
+        return {row["_id"]: row["n"] for row in store.db.job_attempts.aggregate(stages)}

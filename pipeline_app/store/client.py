@@ -1,0 +1,180 @@
+"""The connection, the one seam where pymongo's errors become ours, and transactions.
+
+Every call has a time limit. Writes that anything depends on are majority and journaled; `Store.fast` is for notes that
+may be lost (a hint was published, a progress mark).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from bson.codec_options import CodecOptions
+from pymongo import MongoClient
+from pymongo.client_session import ClientSession
+from pymongo.database import Database
+from pymongo.errors import (
+    BulkWriteError,
+    ConfigurationError,
+    ConnectionFailure,
+    ExecutionTimeout,
+    InvalidURI,
+    NetworkTimeout,
+    OperationFailure,
+    PyMongoError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.write_concern import WriteConcern
+
+from pipeline_app.errors import StoreError, UsageError
+from pipeline_app.settings import redact
+
+Document = dict[str, Any]
+Session = ClientSession
+T = TypeVar("T")
+
+#: Every operation ends within this, answered or not.
+CALL_TIMEOUT_S = 10.0
+#: How long the driver looks for a primary before it says that there is none.
+SELECT_TIMEOUT_S = 3.0
+#: A transaction that keeps meeting others is given up after this, and its caller decides.
+TRANSACTION_PATIENCE_S = 30.0
+
+_DURABLE = WriteConcern("majority", j=True)
+_SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
+#: Codes of the server that mean "not now": stepping down, shutting down, out of time.
+_AWAY_CODES = {6, 7, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
+
+
+class Store:
+    """A database of a replica set, as one process sees it. Not to be carried over a fork."""
+
+    def __init__(self, url: str, *, app_name: str = "pipeline_app") -> None:
+        self.address = redact(url)
+        try:
+            self._client: MongoClient[Document] = MongoClient(
+                url,
+                appname=app_name,
+                serverSelectionTimeoutMS=int(SELECT_TIMEOUT_S * 1000),
+                connectTimeoutMS=int(SELECT_TIMEOUT_S * 1000),
+                timeoutMS=int(CALL_TIMEOUT_S * 1000),
+                maxPoolSize=200,
+                retryWrites=True,
+                tz_aware=True,
+            )
+            database = self._client.get_default_database("pipeline_app")
+        except (InvalidURI, ConfigurationError, ValueError) as exc:
+            raise UsageError(f"MONGODB_URL is not a MongoDB URL: {redact(str(exc))}") from exc
+        #: Majority and journaled.
+        self.db: Database[Document] = database.with_options(codec_options=_SAFE_CODECS, write_concern=_DURABLE)
+        #: Acknowledged by the primary only.
+        self.fast: Database[Document] = self.db.with_options(write_concern=WriteConcern(1))
+        self._offset = timedelta()
+
+    def now(self) -> datetime:
+        """The time by MongoDB's clock, as measured at `synchronise`; to the millisecond."""
+        now = datetime.now(UTC) + self._offset
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+    def synchronise(self) -> None:
+        """Measure how far this machine's clock is from MongoDB's, and refuse a server without transactions.
+
+        Raises StoreError; UsageError for a standalone server.
+        """
+        with translated(self):
+            before = datetime.now(UTC)
+            hello = self._client.admin.command("hello")
+            after = datetime.now(UTC)
+        if "setName" not in hello and hello.get("msg") != "isdbgrid":
+            raise UsageError(
+                f"MongoDB at {self.address} is a standalone server: a record is a transaction, and needs a replica set",
+                hint="start mongod with --replSet rs0 and run: mongosh --eval 'rs.initiate()'",
+            )
+        offset = hello["localTime"].replace(tzinfo=UTC) - (before + (after - before) / 2)
+        # Below a round trip the difference means nothing.
+        self._offset = offset if abs(offset) > (after - before) else timedelta()
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session for transactions."""
+        with translated(self), self._client.start_session() as session:
+            yield session
+
+    def transaction(self, work: Callable[[Session], T]) -> T:
+        """Run `work` as one transaction and commit it; it may be run several times.
+
+        After a commit whose outcome is unknown `work` is run again: it must find out by itself that it was committed
+        (the message is closed by its own token).
+
+        Raises StoreError when the store does not answer, or keeps refusing for TRANSACTION_PATIENCE_S.
+        """
+        deadline = time.monotonic() + TRANSACTION_PATIENCE_S
+        with self.session() as session:
+            while True:
+                try:
+                    with session.start_transaction(
+                        read_concern=ReadConcern("snapshot"), write_concern=_DURABLE, max_commit_time_ms=5000
+                    ):
+                        result = work(session)
+                        _commit(session)
+                    return result
+                except PyMongoError as exc:
+                    if not _is_conflict(exc) or time.monotonic() > deadline:
+                        raise
+                    # Two records met on one document: one of them won, so there is progress; step aside briefly.
+                    time.sleep(0.002)
+
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
+
+def _commit(session: Session) -> None:
+    """Commit, and ask again while the outcome is unknown: committing twice is one commit."""
+    for attempt in range(3):
+        try:
+            session.commit_transaction()
+            return
+        except PyMongoError as exc:
+            if not exc.has_error_label("UnknownTransactionCommitResult") or attempt == 2:
+                raise
+
+
+def _is_conflict(exc: PyMongoError) -> bool:
+    if isinstance(exc, ConnectionFailure):
+        return False
+    if isinstance(exc, BulkWriteError):
+        errors = exc.details.get("writeErrors", [])
+        return any(error.get("code") == 112 for error in errors) or exc.has_error_label("TransientTransactionError")
+    return exc.has_error_label("TransientTransactionError")
+
+
+@contextmanager
+def translated(store: Store) -> Iterator[None]:
+    """Where pymongo's errors end: the store being away is a StoreError, everything else is a bug and passes."""
+    try:
+        yield
+    except PyMongoError as exc:
+        if is_away(exc):
+            raise StoreError(
+                f"MongoDB at {store.address} does not answer: {_brief(exc)}",
+                hint="check MONGODB_URL, or start local services with: pipeline-app up",
+            ) from exc
+        raise
+
+
+def is_away(exc: BaseException) -> bool:
+    """Whether the error says that the store cannot be reached or cannot write now."""
+    if isinstance(exc, (ConnectionFailure, NetworkTimeout, ExecutionTimeout)):
+        return True
+    if isinstance(exc, OperationFailure):
+        return exc.code in _AWAY_CODES or exc.has_error_label("UnknownTransactionCommitResult")
+    return isinstance(exc, PyMongoError) and exc.timeout
+
+
+def _brief(exc: BaseException) -> str:
+    """The first clause of a driver's message: the rest is a topology dump."""
+    return redact(str(exc).split(", Timeout:")[0].split(" (configured timeouts")[0])[:200]

@@ -1,0 +1,45 @@
+"""`pipeline_events`: one for each message and step, with the jobs it concerned; the event log is append-only."""
+
+from __future__ import annotations
+
+from bson import ObjectId
+
+from pipeline_app.store.client import Document, Store, translated
+
+
+def of_run(
+    store: Store, run: str, *, job_id: str | None = None, stage: str | None = None, limit: int = 100
+) -> list[Document]:
+    """The last `limit` events of a run (or of one of its jobs), oldest first."""
+    query: Document = {"run": run}
+    if job_id is not None:
+        query["jobs"] = job_id
+    if stage is not None:
+        query["stage"] = stage
+    with translated(store):
+        return list(store.db.pipeline_events.find(query).sort("_id", -1).limit(limit))[::-1]
+
+
+def since(store: Store, run: str, after: ObjectId | None, limit: int) -> list[Document]:
+    """Events after that one, oldest first."""
+    query: Document = {"run": run}
+    if after is not None:
+        query["_id"] = {"$gt": after}
+    with translated(store):
+        return list(store.db.pipeline_events.find(query).sort("_id", 1).limit(limit))
+
+
+def delete_batch(store: Store, run: str, batch: str) -> None:
+    """Remove the events of a batch that is taken back."""
+    with translated(store):
+        store.db.pipeline_events.delete_many({"run": run, "batch": batch})
+
+
+def recorded_jobs(store: Store, run: str) -> dict[str, int]:
+    """Stage -> jobs that the log says were advanced."""
+    stages: list[Document] = [
+        {"$match": {"run": run, "event": "recorded"}},
+        {"$group": {"_id": "$stage", "n": {"$sum": "$advanced"}}},
+    ]
+    with translated(store):
+        return {row["_id"]: row["n"] for row in store.db.pipeline_events.aggregate(stages)}

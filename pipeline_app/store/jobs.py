@@ -1,0 +1,156 @@
+"""`job_states`: where each job stands. It changes only in a transition; here are the questions and the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from pipeline_app.domain.job import job_key
+from pipeline_app.domain.states import JobState
+from pipeline_app.store.client import Document, Store, translated
+
+#: What claiming needs to know of a job; its payload is read only where the stage takes it.
+CLAIM_FIELDS = {
+    "job": 1,
+    "tags": 1,
+    "message": 1,
+    "input": 1,
+    "generation": 1,
+    "failures": 1,
+    "losses": 1,
+    "expires_at": 1,
+    "payload": 1,
+}
+
+
+def document(
+    *,
+    run: str,
+    job_id: str,
+    batch: str,
+    tags: dict[str, str],
+    partition: str,
+    stage: str,
+    payload: Any,
+    now: datetime,
+    expires_at: datetime | None,
+) -> Document:
+    """A new job, in no state yet: whoever seeds it says whether it is pending or waiting."""
+    row: Document = {
+        "_id": job_key(run, job_id),
+        "run": run,
+        "job": job_id,
+        "batch": batch,
+        "tags": tags,
+        "partition": partition,
+        "stage": stage,
+        "message": None,
+        "input": None,
+        "generation": 0,
+        "failures": 0,
+        "deferrals": 0,
+        "losses": 0,
+        "payload": payload,
+        "created_at": now,
+        "updated_at": now,
+    }
+    if expires_at is not None:
+        row["expires_at"] = expires_at
+    return row
+
+
+def for_claim(store: Store, keys: Sequence[str]) -> dict[str, Document]:
+    """The jobs with these `_id`s, as far as running them needs it."""
+    with translated(store):
+        return {row["_id"]: row for row in store.db.job_states.find({"_id": {"$in": list(keys)}}, CLAIM_FIELDS)}
+
+
+def get(store: Store, run: str, job_id: str) -> Document | None:
+    """The whole job."""
+    with translated(store):
+        return store.db.job_states.find_one({"_id": job_key(run, job_id)})
+
+
+def existing(store: Store, keys: Sequence[str]) -> set[str]:
+    """Those of `keys` that are in the store."""
+    with translated(store):
+        return {row["_id"] for row in store.db.job_states.find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+
+
+def due(store: Store, now: datetime, limit: int, skip_batches: Sequence[str] = ()) -> list[Document]:
+    """Jobs whose time has come, longest due first."""
+    query: Document = {"due_at": {"$lte": now}}
+    if skip_batches:
+        query["batch"] = {"$nin": list(skip_batches)}
+    with translated(store):
+        return list(store.db.job_states.find(query, {"payload": 0}).sort("due_at", 1).limit(limit))
+
+
+def waiting_for_definition(store: Store, run: str, limit: int) -> list[Document]:
+    """Jobs of a run that no worker with its definition could take."""
+    query = {"run": run, "state": JobState.WAITING, "reason": "definition"}
+    with translated(store):
+        return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
+
+
+def in_state(store: Store, run: str, states: Sequence[str], limit: int) -> list[Document]:
+    """Some jobs of a run in one of these stored states."""
+    query = {"run": run, "state": {"$in": list(states)}}
+    with translated(store):
+        return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
+
+
+def stream(
+    store: Store,
+    run: str,
+    *,
+    state: str | None = None,
+    stage: str | None = None,
+    after: str | None = None,
+    page: int = 1000,
+) -> Iterator[list[Document]]:
+    """Jobs of a run in the order of their ids, in pages; constant memory."""
+    query: Document = {"run": run}
+    if state is not None:
+        query["state"] = state
+    if stage is not None:
+        query["stage"] = stage
+    last = after
+    while True:
+        bounds = {"_id": {"$gt": last}} if last is not None else {}
+        with translated(store):
+            rows = list(store.db.job_states.find({**query, **bounds}, {"payload": 0}).sort("_id", 1).limit(page))
+        if rows:
+            yield rows
+        if len(rows) < page:
+            return
+        last = rows[-1]["_id"]
+
+
+def dead_letters(store: Store, run: str, *, stage: str | None, job_id: str | None, limit: int) -> list[Document]:
+    """Dead-lettered jobs of a run, the longest dead first."""
+    query: Document = {"run": run, "state": JobState.DEAD_LETTERED}
+    if stage is not None:
+        query["stage"] = stage
+    if job_id is not None:
+        query["_id"] = job_key(run, job_id)
+    with translated(store):
+        return list(store.db.job_states.find(query, {"payload": 0}).sort([("updated_at", 1), ("_id", 1)]).limit(limit))
+
+
+def count_by_state(store: Store, run: str) -> dict[tuple[str, str], int]:
+    """(stage, stored state) -> jobs, by a full count; for verify."""
+    stages: list[Document] = [
+        {"$match": {"run": run}},
+        {"$group": {"_id": {"stage": "$stage", "state": "$state"}, "n": {"$sum": 1}}},
+    ]
+    with translated(store):
+        rows = store.db.job_states.aggregate(stages)
+        return {(row["_id"]["stage"], row["_id"]["state"]): row["n"] for row in rows}
+
+
+def delete_batch(store: Store, run: str, batch: str) -> None:
+    """Remove the jobs of a batch that is taken back."""
+    with translated(store):
+        store.db.job_states.delete_many({"run": run, "batch": batch})

@@ -1,0 +1,46 @@
+"""`job_outputs`: what each stage made of each job, written once under the message that made it.
+
+A worker that lost its claim writes under its own message, so it can overwrite nothing. The job names the message whose
+output is its input (`input`), so the next stage's inputs need no write of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bson.raw_bson import RawBSONDocument
+
+from pipeline_app.domain.job import job_key
+from pipeline_app.errors import InvalidResultError
+from pipeline_app.store.client import Store, translated
+from pipeline_app.store.encoding import UnstorableError, encode
+
+
+def output_id(run: str, job_id: str, stage: str, message: str) -> str:
+    """`_id` of an output: it tells job, stage and message."""
+    return f"{job_key(run, job_id)}/{stage}/{message}"
+
+
+def encode_output(run: str, job_id: str, stage: str, message: str, value: Any) -> RawBSONDocument:
+    """The output as it is stored, encoded once.
+
+    Raises InvalidResultError if MongoDB cannot hold it.
+    """
+    try:
+        return encode({"_id": output_id(run, job_id, stage, message), "value": value})
+    except UnstorableError as exc:
+        raise InvalidResultError(f"the result cannot be stored: {exc}") from exc
+
+
+def read(store: Store, ids: Sequence[str]) -> dict[str, Any]:
+    """`_id` -> value."""
+    with translated(store):
+        return {row["_id"]: row["value"] for row in store.db.job_outputs.find({"_id": {"$in": list(ids)}})}
+
+
+def of_job(store: Store, run: str, job_id: str) -> list[dict[str, Any]]:
+    """`{_id, value}` of every output of a job."""
+    prefix = job_key(run, job_id) + "/"
+    with translated(store):
+        return list(store.db.job_outputs.find({"_id": {"$gte": prefix, "$lt": prefix[:-1] + "0"}}).sort("_id", 1))

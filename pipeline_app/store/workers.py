@@ -1,0 +1,108 @@
+"""`workers`: one record for each incarnation of a worker, and its lease; `leases`: who leads the sweep.
+
+Leases end by MongoDB's own clock (`$$NOW`), so that the clocks of the machines don't matter.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pipeline_app.store.client import Document, Store, translated
+
+#: Seconds that a worker is believed alive after its last sign of life.
+LEASE_S = 10.0
+#: Seconds between two signs of life.
+RENEW_S = 2.0
+
+_UNTIL = {"$add": ["$$NOW", int(LEASE_S * 1000)]}
+
+
+def register(store: Store, worker: str, record: Document) -> None:
+    """Write the record of a new incarnation; its lease begins."""
+    with translated(store):
+        store.db.workers.update_one(
+            {"_id": worker},
+            [{"$set": {**record, "started_at": "$$NOW", "heartbeat_at": "$$NOW", "lease_until": _UNTIL}}],
+            upsert=True,
+        )
+
+
+def renew(store: Store, worker: str, fields: Document) -> bool:
+    """Extend the lease; False if it was taken away: then the worker needs a new incarnation."""
+    with translated(store):
+        result = store.db.workers.update_one(
+            {"_id": worker, "ended_at": None},
+            [{"$set": {**fields, "heartbeat_at": "$$NOW", "lease_until": _UNTIL}}],
+        )
+        return result.matched_count == 1
+
+
+def end(store: Store, worker: str, state: str) -> bool:
+    """Close the record: `stopped` by the worker itself, `stale` by the sweep. False if it was closed before."""
+    with translated(store):
+        result = store.db.workers.update_one(
+            {"_id": worker, "ended_at": None}, [{"$set": {"state": state, "ended_at": "$$NOW", "lease_until": "$$NOW"}}]
+        )
+        return result.matched_count == 1
+
+
+def end_stale(store: Store, worker: str) -> bool:
+    """Close the record of a worker whose lease has ended, unless it came back in between."""
+    with translated(store):
+        result = store.db.workers.update_one(
+            {"_id": worker, "ended_at": None, "$expr": {"$lt": ["$lease_until", "$$NOW"]}},
+            [{"$set": {"state": "stale", "ended_at": "$$NOW"}}],
+        )
+        return result.matched_count == 1
+
+
+def expired(store: Store) -> list[Document]:
+    """Workers that are not ended and whose lease has run out."""
+    with translated(store):
+        return list(store.db.workers.find({"ended_at": None, "$expr": {"$lt": ["$lease_until", "$$NOW"]}}))
+
+
+def alive(store: Store) -> list[Document]:
+    """Workers with a lease."""
+    with translated(store):
+        return list(store.db.workers.find({"ended_at": None, "$expr": {"$gte": ["$lease_until", "$$NOW"]}}))
+
+
+def listing(store: Store, since: datetime) -> list[Document]:
+    """Workers that run, and those that ended after `since`; oldest first."""
+    query: Document = {"$or": [{"ended_at": None}, {"ended_at": {"$gte": since}}]}
+    with translated(store):
+        return list(store.db.workers.find(query).sort("started_at", 1))
+
+
+def lead(store: Store, name: str, holder: str, seconds: float) -> bool:
+    """Take or keep the lease `name`; False while another holds it."""
+    free = {"_id": name, "$or": [{"holder": holder}, {"$expr": {"$lt": ["$until", "$$NOW"]}}]}
+    take = [{"$set": {"holder": holder, "until": {"$add": ["$$NOW", int(seconds * 1000)]}}}]
+    with translated(store):
+        if store.db.leases.update_one(free, take).matched_count:
+            return True
+        # It is held, or there is none yet: then make one that has ended, and take that.
+        made = store.db.leases.update_one(
+            {"_id": name}, {"$setOnInsert": {"holder": None, "until": datetime(1970, 1, 1, tzinfo=UTC)}}, upsert=True
+        )
+        return made.upserted_id is not None and store.db.leases.update_one(free, take).matched_count == 1
+
+
+def give_up_lead(store: Store, name: str, holder: str) -> None:
+    """Let another lead at once."""
+    with translated(store):
+        store.db.leases.delete_one({"_id": name, "holder": holder})
+
+
+def bump(store: Store, signal: str) -> None:
+    """Announce that something that every worker keeps in memory has changed."""
+    with translated(store):
+        store.db.signals.update_one({"_id": signal}, {"$inc": {"version": 1}}, upsert=True)
+
+
+def version(store: Store, signal: str) -> int:
+    """The version of what `bump` announces."""
+    with translated(store):
+        row = store.db.signals.find_one({"_id": signal})
+    return int(row["version"]) if row else 0

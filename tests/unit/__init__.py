@@ -1,0 +1,1 @@
+"""Pure tests: no service, no network, nothing that outlives a test."""
