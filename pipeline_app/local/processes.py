@@ -139,6 +139,17 @@ def stop(records: Iterable[ProcessRecord], *, grace_s: float) -> list[ProcessRec
     return [record for record, _ in late]
 
 
+def stop_marked(state_dir: Path, name: str | None = None, *, grace_s: float) -> list[ProcessRecord]:
+    """End the project's processes (of that name) of which there may be no record; returns what was found."""
+    found: list[ProcessRecord] = []
+    for _ in range(3):  # one that is just becoming a daemon has another pid when it is looked for again
+        if not (left := marked(state_dir, name)):
+            break
+        found += left
+        stop(left, grace_s=grace_s)
+    return found
+
+
 def wait_gone(records: Iterable[ProcessRecord], timeout_s: float) -> None:
     """Wait for processes that were told to end."""
     _wait_gone([process for record in records if (process := find(record)) is not None], timeout_s)

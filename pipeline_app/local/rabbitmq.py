@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +82,8 @@ def start(state_dir: Path, cancelled: threading.Event) -> RunningService:
     if tools is None:
         raise BrokerError("there is no rabbitmq-server on this machine", hint="apt-get install rabbitmq-server")
     home = state_dir / NAME
-    is_new = not (home / "data").exists()
+    if not (home / "served").exists():  # what a first start left half done would stop this one
+        shutil.rmtree(home / "data", ignore_errors=True)
     ports = _choose_ports(home)
     _write_configuration(home)
     started: list[ProcessRecord] = []
@@ -95,10 +96,9 @@ def start(state_dir: Path, cancelled: threading.Event) -> RunningService:
         _wait_for(lambda: answers(ports.amqp), started[-1], cancelled)
         # Whoever answers there: only our node answers here, for our epmd knows no other.
         ctl(state_dir, "await_startup")
+        (home / "served").touch()
     except BaseException:
-        processes.stop(reversed(started), grace_s=5.0)
-        if is_new:  # what a first start left half done would stop the next one
-            shutil.rmtree(home / "data", ignore_errors=True)
+        _end(state_dir, started, grace_s=3.0)
         raise
     return RunningService(port=ports.amqp, processes=tuple(started))
 
@@ -109,8 +109,7 @@ def stop(state_dir: Path, service: RunningService) -> None:
     with contextlib.suppress(BrokerError):  # should it not answer, the signals end it
         ctl(state_dir, "stop")
         processes.wait_gone(node, STOP_GRACE_S)
-    processes.stop(node, grace_s=5.0)
-    processes.stop(service.processes, grace_s=5.0)
+    _end(state_dir, service.processes, grace_s=5.0)
 
 
 def answers(port: int) -> bool:
@@ -148,6 +147,14 @@ def ctl(state_dir: Path, *arguments: str, timeout_s: float = 30.0) -> str:
     except subprocess.TimeoutExpired as exc:
         raise BrokerError(f"rabbitmqctl {arguments[0]} took longer than {timeout_s:.0f} seconds") from exc
     return done.stdout
+
+
+def _end(state_dir: Path, records: Sequence[ProcessRecord], *, grace_s: float) -> None:
+    """End by signal: the node before its epmd, and last the epmd that an Erlang program starts when it misses ours."""
+    processes.stop([record for record in records if record.name == NAME], grace_s=grace_s)
+    processes.stop([record for record in records if record.name == EPMD], grace_s=grace_s)
+    for name in PROCESSES:
+        processes.stop_marked(state_dir, name, grace_s=grace_s)
 
 
 def _choose_ports(home: Path) -> Ports:

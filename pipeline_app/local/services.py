@@ -91,8 +91,7 @@ def down(progress: Progress = lambda _: None, *, worker_grace_s: float = 15.0) -
             progress(f"stopping {name}")
             MODULES[name].stop(state_dir, service)
         # What a command that was killed could not write down.
-        strays = processes.marked(state_dir)
-        processes.stop(strays, grace_s=10.0)
+        strays = processes.stop_marked(state_dir, grace_s=10.0)
         (state_dir / "services.json").unlink(missing_ok=True)
     return [*stopped, *running, *(record.name for record in strays)]
 
@@ -114,7 +113,7 @@ def _up(state_dir: Path, progress: Progress, broker: Broker, cancelled: threadin
         running = _find(state_dir)
         wanted = [mongod.NAME] if _broker_is_mongodb(broker, _read(state_dir)) else [rabbitmq.NAME, mongod.NAME]
         for name in list(running):
-            if name not in wanted or not MODULES[name].answers(running[name].port):
+            if name not in wanted or not _serves(name, running[name]):
                 progress(f"stopping {name}, which {'does not answer' if name in wanted else 'is not wanted'}")
                 MODULES[name].stop(state_dir, running.pop(name))
         started = _start_all(state_dir, [name for name in wanted if name not in running], progress, cancelled)
@@ -156,8 +155,13 @@ def _start_all(
 def _start(state_dir: Path, name: str, cancelled: threading.Event) -> RunningService:
     # Left by a command that was killed: nobody knows their addresses, and they keep the data locked.
     for part in MODULES[name].PROCESSES:
-        processes.stop(processes.marked(state_dir, part), grace_s=10.0)
+        processes.stop_marked(state_dir, part, grace_s=10.0)
     return MODULES[name].start(state_dir, cancelled)
+
+
+def _serves(name: str, service: RunningService) -> bool:
+    # Asked several times: under load an answer may take long, and workers must not lose a server for that.
+    return any(MODULES[name].answers(service.port) for _ in range(5))
 
 
 def _stop_all(state_dir: Path, services: dict[str, RunningService]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pymongo.errors import BulkWriteError
 
 from pipeline_app.domain.job import job_key
-from pipeline_app.store.client import Document, Store, translated
+from pipeline_app.store.client import Document, Session, Store, translated
 
 
 def attempt_id(run: str, job_id: str, stage: str, message: str) -> str:
@@ -52,7 +52,7 @@ def of_run(store: Store, run: str, *, stage: str | None, limit: int) -> list[Doc
     return rows[::-1]
 
 
-def recorded_twice(store: Store, run: str) -> Iterator[Document]:
+def recorded_twice(store: Store, run: str, session: Session | None = None) -> Iterator[Document]:
     """`{job, stage, generation, n}` where a stage was recorded as done more than once in one generation."""
     stages: list[Document] = [
         {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
@@ -60,15 +60,15 @@ def recorded_twice(store: Store, run: str) -> Iterator[Document]:
         {"$match": {"n": {"$gt": 1}}},
     ]
     with translated(store):
-        for row in store.db.job_attempts.aggregate(stages, allowDiskUse=True):
+        for row in store.db.job_attempts.aggregate(stages, allowDiskUse=True, session=session):
             yield {**row["_id"], "n": row["n"]}
 
 
-def count_ok(store: Store, run: str) -> dict[str, int]:
+def count_ok(store: Store, run: str, session: Session | None = None) -> dict[str, int]:
     """Stage -> attempts that ended ok."""
     stages: list[Document] = [
         {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
         {"$group": {"_id": "$stage", "n": {"$sum": 1}}},
     ]
     with translated(store):
-        return {row["_id"]: row["n"] for row in store.db.job_attempts.aggregate(stages)}
+        return {row["_id"]: row["n"] for row in store.db.job_attempts.aggregate(stages, session=session)}

@@ -103,6 +103,12 @@ class Store:
         with translated(self), self._client.start_session() as session:
             yield session
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """A session whose reads all see the store as it was at one instant, for at most five minutes."""
+        with translated(self), self._client.start_session(snapshot=True) as session:
+            yield session
+
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Run `work` as one transaction and commit it; it may be run several times.
 

@@ -17,11 +17,11 @@ from pipeline_app.store.client import Document, Session, Store, translated
 FOLDED = "-"
 
 
-def totals(store: Store, run: str) -> dict[str, dict[str, int]]:
+def totals(store: Store, run: str, session: Session | None = None) -> dict[str, dict[str, int]]:
     """Stage -> {"completed": n, "states.pending": n, ...}; "seeded" stands under the stage of the seed."""
     sums: dict[str, dict[str, int]] = {}
     with translated(store):
-        for row in store.db.run_counters.find({"run": run}):
+        for row in store.db.run_counters.find({"run": run}, session=session):
             stage = sums.setdefault(row["stage"], {})
             for key, number in _flat(row).items():
                 stage[key] = stage.get(key, 0) + number

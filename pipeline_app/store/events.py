@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bson import ObjectId
 
-from pipeline_app.store.client import Document, Store, translated
+from pipeline_app.store.client import Document, Session, Store, translated
 
 
 def of_run(
@@ -35,11 +35,11 @@ def delete_batch(store: Store, run: str, batch: str) -> None:
         store.db.pipeline_events.delete_many({"run": run, "batch": batch})
 
 
-def recorded_jobs(store: Store, run: str) -> dict[str, int]:
+def recorded_jobs(store: Store, run: str, session: Session | None = None) -> dict[str, int]:
     """Stage -> jobs that the log says were advanced."""
     stages: list[Document] = [
         {"$match": {"run": run, "event": "recorded"}},
         {"$group": {"_id": "$stage", "n": {"$sum": "$advanced"}}},
     ]
     with translated(store):
-        return {row["_id"]: row["n"] for row in store.db.pipeline_events.aggregate(stages)}
+        return {row["_id"]: row["n"] for row in store.db.pipeline_events.aggregate(stages, session=session)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.states import JobState
-from pipeline_app.store.client import Document, Store, translated
+from pipeline_app.store.client import Document, Session, Store, translated
 
 #: What claiming needs to know of a job; its payload is read only where the stage takes it.
 CLAIM_FIELDS = {
@@ -109,6 +109,7 @@ def stream(
     stage: str | None = None,
     after: str | None = None,
     page: int = 1000,
+    session: Session | None = None,
 ) -> Iterator[list[Document]]:
     """Jobs of a run in the order of their ids, in pages; constant memory."""
     query: Document = {"run": run}
@@ -120,7 +121,8 @@ def stream(
     while True:
         bounds = {"_id": {"$gt": last}} if last is not None else {}
         with translated(store):
-            rows = list(store.db.job_states.find({**query, **bounds}, {"payload": 0}).sort("_id", 1).limit(page))
+            found = store.db.job_states.find({**query, **bounds}, {"payload": 0}, session=session)
+            rows = list(found.sort("_id", 1).limit(page))
         if rows:
             yield rows
         if len(rows) < page:
@@ -139,14 +141,14 @@ def dead_letters(store: Store, run: str, *, stage: str | None, job_id: str | Non
         return list(store.db.job_states.find(query, {"payload": 0}).sort([("updated_at", 1), ("_id", 1)]).limit(limit))
 
 
-def count_by_state(store: Store, run: str) -> dict[tuple[str, str], int]:
+def count_by_state(store: Store, run: str, session: Session | None = None) -> dict[tuple[str, str], int]:
     """(stage, stored state) -> jobs, by a full count; for verify."""
     stages: list[Document] = [
         {"$match": {"run": run}},
         {"$group": {"_id": {"stage": "$stage", "state": "$state"}, "n": {"$sum": 1}}},
     ]
     with translated(store):
-        rows = store.db.job_states.aggregate(stages)
+        rows = store.db.job_states.aggregate(stages, session=session)
         return {(row["_id"]["stage"], row["_id"]["state"]): row["n"] for row in rows}
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from bson import ObjectId
 
 from pipeline_app.domain.states import MessageState
-from pipeline_app.store.client import Document, Store, translated
+from pipeline_app.store.client import Document, Session, Store, translated
 
 #: An unpublished message is published by the sweep after this.
 UNPUBLISHED_AFTER_S = 5.0
@@ -143,10 +143,10 @@ def get(store: Store, message: str) -> Document | None:
         return store.db.messages.find_one({"_id": message})
 
 
-def states(store: Store, ids: Sequence[str]) -> dict[str, str]:
+def states(store: Store, ids: Sequence[str], session: Session | None = None) -> dict[str, str]:
     """State of each of `ids` that is still kept."""
     with translated(store):
-        rows = store.db.messages.find({"_id": {"$in": list(ids)}}, {"state": 1})
+        rows = store.db.messages.find({"_id": {"$in": list(ids)}}, {"state": 1}, session=session)
         return {row["_id"]: row["state"] for row in rows}
 
 
@@ -186,7 +186,8 @@ def delete_batch(store: Store, batch: str) -> None:
         store.db.messages.delete_many({"batch": batch, "state": MessageState.DRAFT})
 
 
-def count_open(store: Store, queue: str) -> int:
-    """How many messages of a queue are open."""
+def count_published(store: Store, queue: str) -> int:
+    """How many messages of a queue are open and were published."""
+    query = {"state": MessageState.OPEN, "queue": queue, "published_at": {"$type": "date"}}
     with translated(store):
-        return store.db.messages.count_documents({"state": MessageState.OPEN, "queue": queue})
+        return store.db.messages.count_documents(query)

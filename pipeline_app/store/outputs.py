@@ -13,7 +13,7 @@ from bson.raw_bson import RawBSONDocument
 
 from pipeline_app.domain.job import job_key
 from pipeline_app.errors import InvalidResultError
-from pipeline_app.store.client import Store, translated
+from pipeline_app.store.client import Session, Store, translated
 from pipeline_app.store.encoding import UnstorableError, encode
 
 
@@ -37,6 +37,13 @@ def read(store: Store, ids: Sequence[str]) -> dict[str, Any]:
     """`_id` -> value."""
     with translated(store):
         return {row["_id"]: row["value"] for row in store.db.job_outputs.find({"_id": {"$in": list(ids)}})}
+
+
+def missing(store: Store, ids: Sequence[str], session: Session | None = None) -> set[str]:
+    """Those of `ids` that are not there."""
+    with translated(store):
+        rows = store.db.job_outputs.find({"_id": {"$in": list(ids)}}, {"_id": 1}, session=session)
+        return set(ids) - {row["_id"] for row in rows}
 
 
 def of_job(store: Store, run: str, job_id: str) -> list[dict[str, Any]]:
