@@ -91,8 +91,8 @@ class Runtime:
     memory: Memory
     #: The incarnation whose lease covers what this process claims, as it is now.
     incarnation: Callable[[], str]
-    #: Names this process's counters: one transaction at a time uses them.
-    process: str = field(default_factory=lambda: f"{socket.gethostname()[:40]}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
+    #: Name of this process: of its connections, and of its counters, which one transaction at a time uses.
+    process: str
     #: Taken by whoever applies a transition under `process`.
     counting: threading.Lock = field(default_factory=threading.Lock)
     _tokens: itertools.count[int] = field(default_factory=itertools.count)
@@ -121,8 +121,8 @@ def build(
     version: Callable[[], int | None] = lambda: None,
 ) -> Runtime:
     """A runtime for this process; connects at first use."""
-    store = Store(settings.mongodb_url)
     own = new_incarnation()
+    store = Store(settings.mongodb_url, process=own)
     return Runtime(
         settings=settings,
         app=app,
@@ -131,6 +131,7 @@ def build(
         publisher=Publisher(app, settings.amqp_url, settings.queue_type),
         memory=Memory(store, version),
         incarnation=incarnation or (lambda: own),
+        process=own,
     )
 
 

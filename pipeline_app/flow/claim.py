@@ -36,7 +36,8 @@ def claim(rt: Runtime, message_ids: Sequence[str]) -> list[Work | None]:
     Raises StoreError; then some may be claimed, and the sweep gives them back if nobody asks again.
     """
     token = rt.token()
-    claimed = {row["_id"]: row for row in messages.claim(rt.store, message_ids, worker=rt.incarnation(), token=token)}
+    rows = messages.claim(rt.store, message_ids, worker=rt.incarnation(), process=rt.process, token=token)
+    claimed = {row["_id"]: row for row in rows}
     found = jobs.for_claim(rt.store, [job_key(row["run"], job) for row in claimed.values() for job in row["jobs"]])
     wanted = [
         f"{key}/{job['input']}" for key, job in found.items() if job["input"] and job["message"] in claimed

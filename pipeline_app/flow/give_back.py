@@ -30,6 +30,9 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
     """
     plan = rt.memory.need_plan(message["run"])
     stage = plan.stage(message["stage"])
+    if lost:
+        # Killed in the middle of its record, it holds these very documents.
+        rt.store.end_transactions(message["process"])
     while True:
         keys = [job_key(plan.run, job) for job in message["jobs"]]
         found = {k: row for k, row in jobs.for_claim(rt.store, keys).items() if row["message"] == message["_id"]}
@@ -54,7 +57,8 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
 
 def take_open(rt: Runtime, message_id: str) -> Document | None:
     """Claim an open message only to give it back: its id is no good any more (its Celery task was revoked)."""
-    rows = messages.claim(rt.store, [message_id], worker=rt.incarnation(), token=rt.token())
+    mine = {"worker": rt.incarnation(), "process": rt.process, "token": rt.token()}
+    rows = messages.claim(rt.store, [message_id], **mine)
     return rows[0] if rows else None
 
 

@@ -83,7 +83,7 @@ class Lifeline:
 
     def start(self) -> None:
         """Register at once if the store answers, and go on in a thread."""
-        store = Store(self._url, app_name="pipeline_app lifeline")
+        store = Store(self._url, process="lifeline")
         try:
             store.synchronise()
             self._tick(store, 0)
@@ -102,7 +102,7 @@ class Lifeline:
 
     def _run(self) -> None:
         # A client of its own, made in this thread: under gevent it must not share a hub with the handlers.
-        store = Store(self._url, app_name="pipeline_app lifeline")
+        store = Store(self._url, process="lifeline")
         ticks = 0
         while not self._stopped:
             try:

@@ -14,9 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import bootsteps
+from celery.worker.consumer import Consumer
 from kombu import Queue
 
 from pipeline_app.domain.outcome import ErrorRecord
@@ -184,6 +185,22 @@ class WorkerProcess:
             "state": "running",
             "ended_at": None,
         }
+
+
+class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
+    """Celery's consumer, without what does not fit, and keeping what it would drop."""
+
+    class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
+        """Celery's steps, but not delayed delivery: nothing of ours waits in the broker, and it warns of our exchange."""
+
+        default_steps: ClassVar[list[str]] = [
+            step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
+        ]
+
+    def on_decode_error(self, message: Any, exc: BaseException) -> None:
+        """Celery acknowledges what it cannot decode; rejected, it goes to the parked queue."""
+        logger.error("parked: a message that cannot be decoded: %s", exc)
+        message.reject(requeue=False)
 
 
 class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types

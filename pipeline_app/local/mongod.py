@@ -26,6 +26,10 @@ from pipeline_app.local.processes import ProcessRecord, RunningService
 NAME = "mongod"
 PROCESSES: tuple[str, ...] = (NAME,)
 REPLICA_SET = "rs0"
+STORE_DATABASE = "pipeline_app"
+BROKER_DATABASE = "pipeline_broker"
+#: kombu's name for it.
+BROADCASTS = "messages.broadcast"
 
 #: Usually ready in 1 s. A node that comes back on another port first looks for itself at the old one, where a server
 #: that accepts connections and stays silent costs it 30 s.
@@ -38,7 +42,7 @@ NOT_YET_INITIALIZED = 94
 
 def store_url(port: int) -> str:
     """Address for the store. Clients find the primary by the set's name, so they wait while it restarts."""
-    return f"mongodb://127.0.0.1:{port}/pipeline_app?replicaSet={REPLICA_SET}"
+    return f"mongodb://127.0.0.1:{port}/{STORE_DATABASE}?replicaSet={REPLICA_SET}"
 
 
 def broker_url(port: int) -> str:
@@ -48,7 +52,7 @@ def broker_url(port: int) -> str:
     operation fails within seconds when mongod is away.
     """
     return (
-        f"mongodb://127.0.0.1:{port}/pipeline_broker"
+        f"mongodb://127.0.0.1:{port}/{BROKER_DATABASE}"
         f"?replicaSet={REPLICA_SET}&w=1&serverSelectionTimeoutMS=5000&connectTimeoutMS=5000"
     )
 
@@ -100,6 +104,22 @@ def answers(port: int) -> bool:
             return bool(client.admin.command("hello").get("isWritablePrimary"))
     except PyMongoError:
         return False
+
+
+def make_broker(port: int) -> None:
+    """Make the collection that kombu's transport makes at its first connection.
+
+    Two workers that do so at once disturb each other: one of them gets an error and waits two seconds.
+
+    Raises StoreError if mongod has gone away meanwhile.
+    """
+    try:
+        with _connect(port) as client:
+            database = client[BROKER_DATABASE]
+            if BROADCASTS not in database.list_collection_names():
+                database.create_collection(BROADCASTS, capped=True, size=100_000)
+    except PyMongoError as exc:
+        raise StoreError(f"mongod on 127.0.0.1:{port} went away: {exc}") from exc
 
 
 def _command(binary: Path, home: Path, port: int) -> list[str | Path]:

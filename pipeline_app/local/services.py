@@ -5,9 +5,10 @@ While services run, `.pipeline/services.json` has their addresses, where setting
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def up(progress: Progress = lambda _: None, *, broker: Broker = "auto") -> Servi
 
     Raises StoreError or BrokerError if a service cannot be started, UsageError if `.pipeline/` cannot be written.
     """
-    return _undisturbed(partial(_up, settings.state_dir(), progress, broker))
+    return _undisturbed(partial(_up, settings.state_dir(), progress, broker), progress)
 
 
 def down(progress: Progress = lambda _: None, *, worker_grace_s: float = 15.0) -> list[str]:
@@ -120,9 +121,12 @@ def _up(state_dir: Path, progress: Progress, broker: Broker, cancelled: threadin
         try:
             for name, service in started.items():
                 progress(f"{name} is ready on 127.0.0.1:{service.port}")
+            running |= started
+            if rabbitmq.NAME not in running:
+                mongod.make_broker(running[mongod.NAME].port)
             if cancelled.is_set():
                 raise CancelledError
-            return _write(state_dir, running | started, tuple(started))
+            return _write(state_dir, running, tuple(started))
         except BaseException:
             _stop_all(state_dir, started)
             raise
@@ -230,13 +234,19 @@ def _find(state_dir: Path) -> dict[str, RunningService]:
     return running
 
 
-def _undisturbed(work: Callable[[threading.Event], Result]) -> Result:
+def _undisturbed(work: Callable[[threading.Event], Result], progress: Progress) -> Result:
     """Do this in another thread, which Ctrl-C does not reach: there it is an event, and what was begun is undone."""
     cancelled = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(work, cancelled)
         try:
             return future.result()
-        except BaseException:
+        except KeyboardInterrupt:
             cancelled.set()
+            progress("interrupted: stopping what was started")
+            # Until that is done (it has its time limits) a further Ctrl-C changes nothing. It must not come while
+            # the thread is joined: Python then takes the thread for ended, and exits without waiting for it.
+            while not future.done():
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([future])
             raise

@@ -40,8 +40,11 @@ T = TypeVar("T")
 CALL_TIMEOUT_S = 10.0
 #: How long the driver looks for a primary before it says that there is none.
 SELECT_TIMEOUT_S = 3.0
-#: A transaction that keeps meeting others is given up after this, and its caller decides.
-TRANSACTION_PATIENCE_S = 30.0
+#: A transaction that keeps meeting others is given up after this, and its caller decides. The transaction of a process
+#: that was killed stands for a minute before MongoDB ends it; `end_transactions` ends it at once.
+TRANSACTION_PATIENCE_S = 90.0
+#: Begins the names of our connections; the process's own name follows.
+APP_NAME = "pipeline_app"
 
 _DURABLE = WriteConcern("majority", j=True)
 _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
@@ -52,12 +55,12 @@ _AWAY_CODES = {6, 7, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11602, 134
 class Store:
     """A database of a replica set, as one process sees it. Not to be carried over a fork."""
 
-    def __init__(self, url: str, *, app_name: str = "pipeline_app") -> None:
+    def __init__(self, url: str, *, process: str = "") -> None:
         self.address = redact(url)
         try:
             self._client: MongoClient[Document] = MongoClient(
                 url,
-                appname=app_name,
+                appname=f"{APP_NAME} {process}".strip(),
                 serverSelectionTimeoutMS=int(SELECT_TIMEOUT_S * 1000),
                 connectTimeoutMS=int(SELECT_TIMEOUT_S * 1000),
                 timeoutMS=int(CALL_TIMEOUT_S * 1000),
@@ -128,10 +131,28 @@ class Store:
                         _commit(session)
                     return result
                 except PyMongoError as exc:
-                    if not _is_conflict(exc) or time.monotonic() > deadline:
+                    if not _is_conflict(exc):
                         raise
+                    if time.monotonic() > deadline:
+                        raise StoreError(f"a transaction met others for {TRANSACTION_PATIENCE_S:.0f} s") from exc
                     # Two records met on one document: one of them won, so there is progress; step aside briefly.
                     time.sleep(0.002)
+
+    def end_transactions(self, process: str) -> int:
+        """End the transactions that a process left open when it was killed; returns how many.
+
+        They hold their documents for a minute otherwise. Harmless if the process lives: it runs them again. Needs no
+        privilege beyond the sessions of our own user.
+        """
+        query: list[Document] = [
+            {"$currentOp": {"idleSessions": True}},
+            {"$match": {"appName": f"{APP_NAME} {process}", "transaction": {"$exists": True}}},
+        ]
+        with translated(self):
+            found = [row["lsid"]["id"] for row in self._client.admin.aggregate(query)]
+            if found:
+                self._client.admin.command("killSessions", [{"id": session} for session in found])
+        return len(found)
 
     def close(self) -> None:
         """End the connections."""

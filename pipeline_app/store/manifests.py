@@ -12,7 +12,7 @@ from pipeline_app.store.client import Document, Store, translated
 
 
 def create(
-    store: Store, run: str, *, pipeline: str, definition: Document, hash: str, then: Sequence[Document]  # noqa: A002
+    store: Store, run: str, *, pipeline: str, definition: Document, hash: str, then: Sequence[Document]
 ) -> Document:
     """Make a run. Raises RunExistsError."""
     manifest = {

@@ -43,8 +43,10 @@ def document(
     }
 
 
-def claim(store: Store, ids: Sequence[str], *, worker: str, token: str) -> list[Document]:
+def claim(store: Store, ids: Sequence[str], *, worker: str, process: str, token: str) -> list[Document]:
     """Claim those of `ids` that are open; asking again with the same token gives the same answer.
+
+    `worker` is the incarnation whose lease covers the claim, `process` the one that will run it.
 
     Raises StoreError, after which some may be claimed.
     """
@@ -55,6 +57,7 @@ def claim(store: Store, ids: Sequence[str], *, worker: str, token: str) -> list[
                 "$set": {
                     "state": MessageState.CLAIMED,
                     "worker": worker,
+                    "process": process,
                     "token": token,
                     "claimed_at": store.now(),
                 }

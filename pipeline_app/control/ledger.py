@@ -1,0 +1,200 @@
+"""What happened to the jobs of a run: dead letters, attempts, events, and all of it for one job.
+
+Only questions, each bounded by a limit; the answers are plain dicts in the shape that `--json` prints. The command
+line and the web view ask these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline_app.domain.plan import RunPlan
+from pipeline_app.domain.states import DeadKind, JobState, MessageState
+from pipeline_app.errors import NotFoundError
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import jobs, manifests, messages, outputs
+from pipeline_app.store import attempts as store_attempts
+from pipeline_app.store import events as store_events
+from pipeline_app.store.client import Document
+
+#: Events of one job that are shown with it.
+JOB_EVENTS = 1000
+
+#: Dead letters whose handler was not run, and what stands in the place of its error.
+_WITHOUT_ATTEMPT = {
+    DeadKind.EXPIRED: {
+        "type": "expired",
+        "message": "its expires_at passed before it was started",
+        "traceback": "",
+    },
+}
+
+
+def failures(
+    rt: Runtime, run: str, *, job_id: str | None = None, stage: str | None = None, limit: int = 100
+) -> list[Document]:
+    """Dead-lettered jobs with the error that ended them, the longest dead first.
+
+    Raises NotFoundError (run, stage or job), StoreError.
+    """
+    plan = find_plan(rt, run, stage)
+    if job_id is not None:
+        find_job(rt, plan.run, job_id)
+    rows = jobs.dead_letters(rt.store, plan.run, stage=stage, job_id=job_id, limit=limit)
+    errors = last_errors(rt, plan.run, rows)
+    return [
+        {
+            "job_id": row["job"],
+            "stage": row["stage"],
+            "partition": row["partition"],
+            "attempts": row["failures"] + row["losses"],
+            "at": row["updated_at"],
+            "kind": row["reason"],
+            "error": errors[row["_id"]],
+        }
+        for row in rows
+    ]
+
+
+def last_errors(rt: Runtime, run: str, rows: Iterable[Document]) -> dict[str, Document]:
+    """`_id` of a dead-lettered job -> the error that it died of."""
+    ids = {
+        row["_id"]: store_attempts.attempt_id(run, row["job"], row["stage"], row["died_in"])
+        for row in rows
+        if row["reason"] not in _WITHOUT_ATTEMPT
+    }
+    found = store_attempts.by_ids(rt.store, list(ids.values())) if ids else {}
+    return {row["_id"]: _error(row, found.get(ids.get(row["_id"], ""))) for row in rows}
+
+
+def _error(row: Document, attempt: Document | None) -> Document:
+    if attempt is not None and attempt.get("error"):
+        return dict(attempt["error"])
+    nothing_kept = {"type": row["reason"], "message": "the ledger has no attempt of it", "traceback": ""}
+    return dict(_WITHOUT_ATTEMPT.get(row["reason"], nothing_kept))
+
+
+def attempts(
+    rt: Runtime, run: str, *, job_id: str | None = None, stage: str | None = None, limit: int = 100
+) -> list[Document]:
+    """The last executions of handlers, oldest first. Raises NotFoundError (run, stage or job), StoreError."""
+    plan = find_plan(rt, run, stage)
+    if job_id is None:
+        return [_attempt(row) for row in store_attempts.of_run(rt.store, plan.run, stage=stage, limit=limit)]
+    find_job(rt, plan.run, job_id)
+    rows = [row for row in store_attempts.of_job(rt.store, plan.run, job_id) if stage in (None, row["stage"])]
+    return [_attempt(row) for row in rows[-limit:]]
+
+
+def _attempt(row: Document) -> Document:
+    return {
+        "job_id": row["job"],
+        "stage": row["stage"],
+        "generation": row["generation"],
+        "attempt": row["attempt"],
+        "outcome": row["outcome"],
+        "started_at": row["started_at"],
+        "duration_s": row["duration_s"],
+        "worker": row["worker"],
+        "code_version": row["code_version"],
+        "error": row.get("error"),
+    }
+
+
+def events(
+    rt: Runtime, run: str, *, job_id: str | None = None, stage: str | None = None, limit: int = 100
+) -> list[Document]:
+    """The last events, oldest first: one for each message and step, with the jobs that it concerned.
+
+    With `job_id`, only those of this job, and only it is named in them. Raises NotFoundError (run, stage or job),
+    StoreError.
+    """
+    plan = find_plan(rt, run, stage)
+    if job_id is not None:
+        find_job(rt, plan.run, job_id)
+    rows = store_events.of_run(rt.store, plan.run, job_id=job_id, stage=stage, limit=limit)
+    return [_event(row, job_id) for row in rows]
+
+
+def _event(row: Document, job_id: str | None) -> Document:
+    named = {"_id", "run", "at", "stage", "event", "message", "worker", "jobs"}
+    return {
+        "at": row["at"],
+        "stage": row["stage"],
+        "event": row["event"],
+        "job_count": len(row["jobs"]),
+        "jobs": row["jobs"] if job_id is None else [job_id],
+        "message": row.get("message"),
+        "worker": row.get("worker"),
+        "details": {key: value for key, value in row.items() if key not in named},
+    }
+
+
+def job(rt: Runtime, run: str, job_id: str) -> Document:
+    """All that is kept of a job: where it stands, its attempts, outputs and events, each oldest first.
+
+    Raises NotFoundError, StoreError.
+    """
+    plan = find_plan(rt, run)
+    row = find_job(rt, plan.run, job_id)
+    return {
+        "run": plan.run,
+        "job_id": row["job"],
+        "state": shown_state(rt, row),
+        "stage": row["stage"],
+        "reason": row.get("reason"),
+        "partition": row["partition"],
+        "tags": row["tags"],
+        "generation": row["generation"],
+        "failures": row["failures"],
+        "deferrals": row["deferrals"],
+        "losses": row["losses"],
+        "due_at": row.get("due_at"),
+        "expires_at": row.get("expires_at"),
+        "message": row["message"],
+        "batch": row["batch"],
+        "created_at": row["created_at"],
+        "updated_at": row["updated_at"],
+        "payload": row.get("payload"),
+        "attempts": [_attempt(attempt) for attempt in store_attempts.of_job(rt.store, plan.run, row["job"])],
+        "outputs": _outputs(rt, plan.run, row["job"]),
+        "events": [
+            _event(event, row["job"])
+            for event in store_events.of_run(rt.store, plan.run, job_id=row["job"], limit=JOB_EVENTS)
+        ],
+    }
+
+
+def _outputs(rt: Runtime, run: str, job_id: str) -> list[Document]:
+    found = []
+    for row in outputs.of_job(rt.store, run, job_id):
+        stage, message = row["_id"].rsplit("/", 2)[1:]
+        found.append({"stage": stage, "message": message, "value": row["value"]})
+    # Ids of messages grow with time.
+    return sorted(found, key=lambda output: output["message"])
+
+
+def shown_state(rt: Runtime, row: Mapping[str, Any]) -> str:
+    """A job's state as people see it: it runs while the message that it names is claimed."""
+    if row["state"] == JobState.PENDING and row["message"] is not None:
+        state = messages.states(rt.store, [row["message"]]).get(row["message"])
+        if state == MessageState.CLAIMED:
+            return JobState.RUNNING
+    return str(row["state"])
+
+
+def find_plan(rt: Runtime, run: str, stage: str | None = None) -> RunPlan:
+    """The plan of a run (`last` is the newest). Raises NotFoundError, also if it has no such stage."""
+    plan = RunPlan.of(manifests.get(rt.store, run))
+    if stage is not None:
+        plan.stage(stage)
+    return plan
+
+
+def find_job(rt: Runtime, run: str, job_id: str) -> Document:
+    """The document of a job. Raises NotFoundError."""
+    row = jobs.get(rt.store, run, job_id)
+    if row is None:
+        raise NotFoundError(f"run {run} has no job {job_id!r}", hint="ids are those of the seed file, letter for letter")
+    return row
