@@ -1,14 +1,20 @@
 """Takes many jobs through pipelines of stages on Celery, RabbitMQ and MongoDB, and is never in doubt about any of them.
 
-These are the names to write a pipeline with; `pipeline_app.api` has those to use one with.
+The names to write a pipeline with are loaded at once. Those to use one with (`create_run` and so on) come from
+`pipeline_app.api` at their first use: handlers import this package in every worker, and should not load all of it.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from pipeline_app.domain.job import Job, JobLine
 from pipeline_app.domain.pipeline import Pipeline, Stage
 from pipeline_app.domain.retry import Retry
 from pipeline_app.errors import PermanentError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline_app.api import cancel, chain, create_run, results, seed, status, wait
 
 __all__ = [
     "Job",
@@ -18,4 +24,25 @@ __all__ = [
     "PipelineError",
     "Retry",
     "Stage",
+    "cancel",
+    "chain",
+    "create_run",
+    "results",
+    "seed",
+    "status",
+    "wait",
 ]
+
+_FROM_API = frozenset({"cancel", "chain", "create_run", "results", "seed", "status", "wait"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_API:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline_app import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

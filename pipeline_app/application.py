@@ -89,7 +89,6 @@ def _fixed(settings: Settings, conf: Any, router: HintRouter) -> dict[str, Any]:
         "task_queues": [idle_queue(settings.queue_type), Queue(default_queue), *own_queues],
         "task_default_queue": default_queue,
         "worker_consumer": "pipeline_app.flow.worker:StageConsumer",
-        "worker_send_task_events": True,
         "worker_hijack_root_logger": conf.get("worker_hijack_root_logger", True),
     }
 

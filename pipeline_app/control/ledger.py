@@ -13,9 +13,9 @@ from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import DeadKind, JobState, MessageState
 from pipeline_app.errors import NotFoundError
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import jobs, manifests, messages, outputs
 from pipeline_app.store import attempts as store_attempts
 from pipeline_app.store import events as store_events
+from pipeline_app.store import jobs, manifests, messages, outputs
 from pipeline_app.store.client import Document
 
 #: Events of one job that are shown with it.
@@ -196,5 +196,5 @@ def find_job(rt: Runtime, run: str, job_id: str) -> Document:
     """The document of a job. Raises NotFoundError."""
     row = jobs.get(rt.store, run, job_id)
     if row is None:
-        raise NotFoundError(f"run {run} has no job {job_id!r}", hint="ids are those of the seed file, letter for letter")
+        raise NotFoundError(f"run {run} has no job {job_id!r}", hint="job ids are those of the seed file")
     return row

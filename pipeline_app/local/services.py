@@ -230,7 +230,7 @@ def _find(state_dir: Path) -> dict[str, RunningService]:
     for name, module in MODULES.items():
         parts = tuple(record for record in records if record.name in module.PROCESSES)
         if any(record.name == name and processes.find(record) for record in parts):
-            running[name] = RunningService(port=urlsplit(written[ADDRESSES[name]]).port or 0, processes=parts)
+            running[name] = RunningService(port=urlsplit(written.get(ADDRESSES[name], "")).port or 0, processes=parts)
     return running
 
 

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -116,8 +117,11 @@ def eventually(condition: Callable[[], bool], within_s: float = 15.0) -> bool:
 
 
 @needs_rabbitmq
-def test_two_projects_do_not_meet_even_on_ports_that_the_other_one_had(project: Projects) -> None:
+def test_two_projects_do_not_meet_even_on_ports_that_the_other_one_had(
+    project: Projects, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Given a project that ran, and another one that took its ports meanwhile
+    monkeypatch.setenv("RABBITMQ_NODENAME", "somebody@elsewhere")  # the user's own node is none of our business
     first = project("first")
     before = services.up(broker="rabbitmq")
     write_note(before.mongodb_url, "of the first")
@@ -258,7 +262,6 @@ def test_a_start_that_fails_takes_the_other_one_back(project: Projects) -> None:
     assert "mongod.log" in (caught.value.hint or "")
     assert left_behind(folder) == []
     assert not settings.services_file().exists()
-    assert not (folder / ".pipeline" / "rabbitmq" / "data").exists()
 
 
 def start_up(folder: Path, broker: str) -> subprocess.Popen[bytes]:
@@ -270,8 +273,8 @@ def start_up(folder: Path, broker: str) -> subprocess.Popen[bytes]:
 
 
 @needs_rabbitmq
-@pytest.mark.parametrize("later_s", [0.0, 2.0])
-def test_ctrl_c_while_it_starts_leaves_nothing(project: Projects, later_s: float) -> None:
+@pytest.mark.parametrize(("later_s", "presses"), [(0.0, 1), (1.5, 3)])
+def test_ctrl_c_while_it_starts_leaves_nothing(project: Projects, later_s: float, presses: int) -> None:
     # Given a command that has started mongod and RabbitMQ, which is not ready yet
     folder = project("interrupted")
     state_dir = folder / ".pipeline"
@@ -279,8 +282,10 @@ def test_ctrl_c_while_it_starts_leaves_nothing(project: Projects, later_s: float
     assert eventually(lambda: bool(processes.marked(state_dir, "rabbitmq") and processes.marked(state_dir, "mongod")))
     time.sleep(later_s)  # the moment at which somebody happens to press it
 
-    # When Ctrl-C comes
-    os.killpg(command.pid, signal.SIGINT)
+    # When Ctrl-C comes, also from somebody impatient
+    for _ in range(presses):
+        os.killpg(command.pid, signal.SIGINT)
+        time.sleep(0.1)
 
     # Then it ends as interrupted, with nothing left
     assert command.wait(timeout=20) == -signal.SIGINT
@@ -317,6 +322,22 @@ def test_damaged_addresses_do_not_stop_down(project: Projects) -> None:
     assert services.down() == ["mongod"]
     assert left_behind(folder) == []
     assert settings.read_services_file() == {}
+
+
+def test_a_process_is_found_after_the_clock_was_moved(project: Projects) -> None:
+    # Given a process whose creation time reads otherwise than when it was written down
+    folder = project("clock")
+    state_dir = folder / ".pipeline"
+    files.make_state_dir(state_dir)
+    record = processes.start("sleeper", ["sleep", "60"], state_dir=state_dir, env=os.environ)
+    moved = replace(record, create_time=record.create_time - 3600)
+
+    # Then it is still the same process, by its mark, and ends when asked to
+    found = processes.find(moved)
+    assert found is not None
+    assert found.pid == record.pid
+    assert processes.stop([moved], grace_s=5.0) == []
+    assert processes.find(record) is None
 
 
 def test_a_port_in_use_is_not_chosen() -> None:
@@ -394,6 +415,7 @@ import os, signal, time
 from celery import Celery
 app = Celery("pipeline_app", broker=os.environ["BROKER"])
 app.conf.worker_enable_remote_control = False
+app.conf.broker_transport_options = {"polling_interval": 0.1}
 
 @app.task(name="stubborn")
 def stubborn():
@@ -438,5 +460,7 @@ def test_workers_are_started_found_again_and_stopped(project: Projects) -> None:
     # And `down` lets the other one end by itself
     assert [worker.name for worker in workers.running()] == ["analyze"]
     assert services.down() == ["worker analyze", "mongod"]
-    assert "Warm shutdown" in Path(started[1].log).read_text()
+    log = Path(started[1].log).read_text()
+    assert "Warm shutdown" in log
+    assert "ERROR" not in log  # nor did the two disturb each other at their first connection
     assert json.loads((folder / ".pipeline" / "workers.json").read_text()) == {"workers": []}

@@ -1,0 +1,83 @@
+# One command per chore, the same here and in CI. `make` alone lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# Chores share services and processors: they go one after the other, whatever -j says.
+.NOTPARALLEL:
+
+#: The Python that the virtual environment is made with, 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+#: Handed to pytest by unit, integration and acceptance: `make unit PYTEST_ARGS="-x -k survey"`.
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+# A stamp is as new as the last install of its extras; pyproject.toml decides whether that is still right.
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+.PHONY: help
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: $(DEMO) ## install what is needed, start services and workers, survey the standard library
+	@$(BIN)/pipeline-app demo
+
+.PHONY: test
+test: packages $(DEV) ## get what is missing, then lint and all tests: the command for CI
+	@$(MAKE) --no-print-directory lint unit integration faults acceptance
+
+.PHONY: lint
+lint: $(DEV) ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: unit
+unit: $(DEV) ## pure tests, in seconds
+	@$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+.PHONY: integration
+integration: $(DEV) ## tests against a real RabbitMQ and a real MongoDB
+	@$(BIN)/pytest tests/integration $(PYTEST_ARGS)
+
+.PHONY: acceptance
+acceptance: $(DEV) ## the command line as people use it
+	@$(BIN)/pytest tests/acceptance $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: $(DEV) ## kill workers and services under load, a short while
+	@$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
+
+.PHONY: chaos
+chaos: $(DEV) ## the same at full size: 20,000 jobs, ten kills (CHAOS_JOBS, CHAOS_KILLS, CHAOS_SEED)
+	@CHAOS_JOBS=$${CHAOS_JOBS:-20000} CHAOS_KILLS=$${CHAOS_KILLS:-10} $(BIN)/pytest tests/chaos $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(DEV) ## stage executions a second, beside plain Celery (BENCH_ARGS="--rounds 1")
+	@$(BIN)/python -m benchmarks.throughput $(BENCH_ARGS)
+
+.PHONY: install
+install: $(DEV) ## the virtual environment with everything for development
+
+.PHONY: packages
+packages: ## what the tests need of the system's packages (apt)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/system-packages
+
+.PHONY: clean
+clean: ## stop local services; remove them, the virtual environment and every cache
+	@if [ -e .pipeline/services.json ] && [ -x $(BIN)/pipeline-app ]; then $(BIN)/pipeline-app down; fi
+	@rm -rf $(VENV) .pipeline build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO): pyproject.toml
+	@scripts/install "$(PYTHON)" "$(VENV)" local
+	@touch $@
+
+# Development includes all that the demo needs.
+$(DEV): pyproject.toml
+	@scripts/install "$(PYTHON)" "$(VENV)" dev
+	@touch $(DEMO) $@

@@ -1,0 +1,127 @@
+"""Making and using runs from Python: what `pipeline-app run` does, as functions.
+
+    from pipeline_app import create_run, results, seed, wait
+
+    create_run("books-1", "books")
+    seed("books-1", ({"job_id": path.name, "payload": str(path)} for path in folder.iterdir()))
+    wait("books-1")
+    for row in results("books-1"):
+        ...
+
+The package itself offers these names and loads this module at their first use: handlers import the package in every
+worker, and need nothing of this. Addresses are those of the settings; a process connects once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import celery
+
+from pipeline_app.application import client_runtime, prepare
+from pipeline_app.control import cancelling, runs, seeding
+from pipeline_app.control import results as control_results
+from pipeline_app.control import status as control_status
+from pipeline_app.control.seeding import Seeded
+from pipeline_app.control.status import Status
+from pipeline_app.domain.job import JobLine
+from pipeline_app.domain.pipeline import Pipeline
+from pipeline_app.flow.forward import task_name
+from pipeline_app.runtime import Runtime
+
+__all__ = ["Seeded", "Status", "cancel", "chain", "create_run", "results", "seed", "status", "wait"]
+
+_lock = threading.Lock()
+#: By process id: what is connected must not be used in a forked child.
+_runtimes: dict[int, Runtime] = {}
+
+
+def create_run(run: str, pipeline: Pipeline | str, then: Any = None) -> None:
+    """Make a run.
+
+    Args:
+        run: its name: letters, digits, `.`, `_` and `-`.
+        pipeline: a Pipeline, or the name of one in celeryconfig.py. The workers must know it, too.
+        then: your own Celery tasks to call with the results, instead of the pipeline's `then`: a signature, a chain,
+            or the pipeline's whole chain with yours behind it (`chain(pipeline) | notify.s()`).
+
+    Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name), StoreError.
+    """
+    runs.create_run(_runtime(), run, pipeline, then=then)
+
+
+def seed(
+    run: str,
+    jobs: Iterable[JobLine | Mapping[str, Any]],
+    *,
+    whole: bool = False,
+    skip_existing: bool = False,
+    progress: Callable[[int], None] = lambda added: None,
+) -> Seeded:
+    """Add jobs to a run, in constant memory, and publish them as they come.
+
+    Args:
+        run: its name, or `last`.
+        jobs: objects with the fields of a job line: `job_id`, `payload`, `tags` and so on.
+        whole: publish nothing before all are in, and take all of them back after an error; without it, what was added
+            before the error stays.
+        skip_existing: pass over jobs that are in the run already: that is how an interrupted seeding goes on.
+        progress: called with the number of jobs added so far.
+
+    Raises NotFoundError, RefusedError (the run was cancelled), BadJobLineError, DuplicateJobError, StoreError.
+    """
+    rt = _runtime()
+    prepare(rt)
+    return seeding.seed(rt, run, jobs, whole=whole, skip_existing=skip_existing, progress=progress)
+
+
+def wait(
+    run: str,
+    *,
+    timeout_s: float | None = None,
+    stage: str | None = None,
+    progress: Callable[[Status], None] = lambda status: None,
+) -> Status:
+    """Wait until every job is terminal, dead-lettered or cancelled (or past `stage`); returns the last status.
+
+    Also returns when the time is over or a seed batch was interrupted: `status.is_past(stage)` is false then.
+    Raises NotFoundError, StoreError.
+    """
+    return runs.wait(_runtime(), run, timeout_s=timeout_s, stage=stage, progress=progress)
+
+
+def results(run: str) -> Iterator[dict[str, Any]]:
+    """`{"job_id", "result", "tags"}` of every terminal job, in constant memory. Raises NotFoundError, StoreError."""
+    return control_results.results(_runtime(), run)
+
+
+def status(run: str) -> Status:
+    """What the run is doing now. Raises NotFoundError, StoreError."""
+    return control_status.status(_runtime(), run)
+
+
+def cancel(run: str) -> int:
+    """Cancel the run; returns how many jobs that moved to `cancelled`. Raises NotFoundError, StoreError."""
+    rt = _runtime()
+    prepare(rt)
+    return cancelling.cancel(rt, run)
+
+
+def chain(pipeline: Pipeline) -> Any:
+    """The pipeline's stages as a Celery chain, to put tasks of your own behind it.
+
+    `create_run("r1", survey, then=chain(survey) | notify.s())` calls `notify` with `[{"job_id", "result", "key"}]` of
+    each chunk of the last stage, at least once.
+    """
+    return celery.chain(*[celery.signature(task_name(pipeline.name, stage.name)) for stage in pipeline.stages])
+
+
+def _runtime() -> Runtime:
+    with _lock:
+        rt = _runtimes.get(os.getpid())
+        if rt is None:
+            rt = _runtimes[os.getpid()] = client_runtime()
+        return rt

@@ -1,0 +1,164 @@
+"""What all commands share: options, the connection, and how an error becomes a message and an exit code.
+
+    0 done   1 the answer is no   2 wrong usage   3 a service is unreachable   4 our own bug   130 Ctrl-C
+
+Every error ends in `_Reporting`, whether the command was called as `pipeline-app` or under `celery`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline_app.errors import PipelineError, UsageError
+from pipeline_app.views.cli.render import echo_error, styled
+
+if TYPE_CHECKING:
+    from pipeline_app.runtime import Runtime
+
+#: Set it to any text to see the traceback of an error.
+TRACEBACK = "PIPELINE_TRACEBACK"
+#: Where a context keeps the words that our command was called with.
+_WORDS = "pipeline_app.words"
+
+EXIT_NO = 1
+EXIT_USAGE = 2
+EXIT_BUG = 4
+EXIT_INTERRUPTED = 130
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+run_argument = click.argument("run")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
+stage_option = click.option("--stage", metavar="STAGE", help="Only this stage.")
+job_option = click.option("--job", "job_id", metavar="JOB", help="Only this job.")
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many to show."
+)
+
+
+class _Reporting(click.Command):
+    """Turns whatever a command raises into a message on standard error and an exit code."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options["context_settings"] = {**CONTEXT_SETTINGS, **(options.get("context_settings") or {})}
+        super().__init__(*args, **options)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta.setdefault(_WORDS, list(args))
+        with _reported(ctx):
+            return super().parse_args(ctx, args)
+        raise AssertionError  # not reached: an error that was reported ends the program
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names that the terminal's encoding lacks are no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        with _reported(ctx):
+            _check_celery_app(ctx)
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+            if isinstance(code, int) and code:
+                ctx.exit(code)
+
+
+class Command(_Reporting):
+    """A command; its function returns an exit code, or None for 0."""
+
+
+class Group(_Reporting, click.Group):
+    """A group of commands, listed in the order in which they were added."""
+
+    command_class = Command
+    group_class = type
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the signature is click's
+        return list(self.commands)
+
+
+@contextmanager
+def _reported(ctx: click.Context) -> Iterator[None]:
+    as_json = "--json" in ctx.meta[_WORDS]
+    try:
+        yield
+    except click.exceptions.Exit:
+        raise
+    except PipelineError as exc:
+        echo_error(exc.code, exc.message, exc.hint, as_json=as_json)
+        _show_traceback()
+        ctx.exit(exc.exit_code)
+    except click.ClickException as exc:
+        if as_json:
+            echo_error("usage", exc.format_message(), f"{ctx.command_path} --help", as_json=True)
+        else:
+            exc.show()
+        ctx.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        echo_error("interrupted", "interrupted", None, as_json=as_json)
+        ctx.exit(EXIT_INTERRUPTED)
+    except OSError as exc:
+        if exc.errno != errno.EPIPE:
+            _report_bug(ctx, exc, as_json=as_json)
+        # Whoever read our output has all that it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ctx.exit(0)
+    except Exception as exc:  # noqa: BLE001 - the last resort of the program
+        _report_bug(ctx, exc, as_json=as_json)
+
+
+def _report_bug(ctx: click.Context, exc: BaseException, *, as_json: bool) -> None:
+    from pipeline_app.settings import redact
+
+    last = traceback.extract_tb(exc.__traceback__)[-1]
+    place = f"{os.path.basename(last.filename)}:{last.lineno}"
+    text = " ".join(redact(str(exc)).split())[:300]
+    hint = f"run it again with {TRACEBACK}=1 and report what it shows"
+    echo_error("bug", f"this should not happen: {type(exc).__name__}: {text} ({place})", hint, as_json=as_json)
+    _show_traceback()
+    ctx.exit(EXIT_BUG)
+
+
+def _show_traceback() -> None:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+
+
+def _check_celery_app(ctx: click.Context) -> None:
+    """Under `celery` the commands mean the app of `-A`, which may be another one, or missing."""
+    app = getattr(ctx.find_root().obj, "app", None)
+    if app is not None and app.main != "pipeline_app":
+        raise UsageError(
+            "this command belongs to pipeline_app, and the Celery app is another one",
+            hint=f"call it as: celery -A pipeline_app {ctx.command.name} ...",
+        )
+
+
+@contextmanager
+def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runtime]:
+    """A runtime for one command; it connects at first use.
+
+    Args:
+        write: the command changes something: the store must have transactions and be laid out.
+        pipelines: it needs the application's pipelines; without, broken handlers don't keep anybody from looking.
+    """
+    from pipeline_app import settings
+    from pipeline_app.application import client_runtime, prepare
+
+    logging.basicConfig(format=f"{styled('warning', fg='yellow', err=True)}: %(message)s", level=logging.WARNING)
+    chosen = settings.current()
+    rt = client_runtime(chosen if pipelines else chosen.model_copy(update={"pipelines": ()}))
+    try:
+        if write:
+            prepare(rt)
+        yield rt
+    finally:
+        rt.close()

@@ -1,0 +1,160 @@
+"""Live views where a person waits: bars for each stage of a run with rate and time to go, and counters.
+
+They are drawn on standard error, so that answers can be piped, and only if that is a terminal; else they stay silent.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pipeline_app.domain.states import AT_REST, JobState
+from pipeline_app.views.cli.render import number, one_line, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.progress import Progress, TaskID
+
+    from pipeline_app.control.status import StageStatus, Status
+
+#: Below this many columns only bars and counts fit; below the second, what stands in a stage is left out.
+NARROW, MIDDLE = 60, 100
+
+#: The width of a bar: the rest of the line has numbers.
+BAR = 30
+
+Show = Callable[["Status"], None]
+
+
+def is_watched() -> bool:
+    """Whether a person sees standard error."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def run_progress(*, silent: bool = False) -> Iterator[Show]:
+    """Bars for the stages of a run, drawn anew with every status that is shown; they stay when it ends."""
+    if silent or not is_watched():
+        yield lambda status: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    bars = _Bars(Console(stderr=True, highlight=False))
+    with Live(console=bars.console, get_renderable=bars.render, refresh_per_second=4):
+        yield bars.show
+
+
+class _Bars:
+    """A bar for each stage and one for the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = _make_progress(console)
+        self._tasks: dict[str, TaskID] = {}
+        self._status: Status | None = None
+
+    def show(self, status: Status) -> None:
+        """Bring the bars up to date."""
+        self._status = status
+        before = 0
+        for row in status.stages:
+            ended = row.states[JobState.DEAD_LETTERED] + row.states[JobState.CANCELLED]
+            # Jobs that ended in an earlier stage never get here.
+            self._update(row.stage, row.completed + ended, status.seeded - before, standing(row))
+            before += ended
+        self._update("all", status.at_rest, status.seeded, "")
+
+    def render(self) -> Group:
+        """What is on the screen."""
+        from rich.console import Group
+        from rich.text import Text
+
+        status = self._status
+        if status is None:
+            return Group(Text("connecting"))
+        seeding = ", seeding" if status.seeding and status.state != "seeding" else ""
+        head = Text.assemble((f"run {status.run}", "bold"), f"  {status.pipeline}  {status.state}{seeding}")
+        warnings = [Text(f"warning: {one_line(text)}", style="yellow") for text in status.warnings]
+        return Group(head, self._progress, *warnings)
+
+    def _update(self, name: str, done: int, total: int, standing: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=None, standing="")
+        self._progress.update(self._tasks[name], completed=done, total=total or None, standing=standing)
+
+
+def _make_progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Count(ProgressColumn):
+        """How many of how many."""
+
+        def render(self, task: Task) -> Text:
+            done, total = number(int(task.completed)), number(int(task.total or 0))
+            return Text(f"{done:>{len(total)}} / {total}", justify="right")
+
+    class Rate(ProgressColumn):
+        """How many a second, lately."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f}/s", justify="right")
+
+    class Left(ProgressColumn):
+        """Time to go at that rate."""
+
+        def render(self, task: Task) -> Text:
+            left = task.time_remaining
+            if task.finished or not left:
+                return Text("")
+            hours, seconds = divmod(int(left), 3600)
+            return Text(f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} to go", justify="right")
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=BAR), Count()]
+    if console.width < NARROW:
+        columns[1] = BarColumn(bar_width=10)
+        return Progress(*columns, console=console, auto_refresh=False)
+    columns += [Rate(), Left()]
+    if console.width >= MIDDLE:
+        columns.append(TextColumn("{task.fields[standing]}", style="dim"))
+    return Progress(*columns, console=console, auto_refresh=False)
+
+
+def standing(row: StageStatus) -> str:
+    """What stands in a stage: `12 running, 3 retry_waiting, 9 dead_lettered`."""
+    order = [JobState.RUNNING, *(state for state in JobState if state != JobState.RUNNING)]
+    return ", ".join(
+        f"{row.states[state]:,} {state}" for state in order if state != JobState.TERMINAL and row.states[state]
+    )
+
+
+def unfinished(status: Status) -> str:
+    """What is not at rest: `12 running, 3 retry_waiting`."""
+    return ", ".join(
+        f"{count:,} {state}" for state, count in status.states.items() if state not in AT_REST and count
+    )
+
+
+@contextmanager
+def counter(what: str, *, total_bytes: int | None = None, silent: bool = False) -> Iterator[Callable[[int], None]]:
+    """A number that grows: bytes of a file that is read, with a bar; or things, with the word for one of them."""
+    if silent or not is_watched():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = Console(stderr=True, highlight=False)
+    if total_bytes is None:
+        with console.status("") as status:
+            yield lambda count: status.update(plural(count, what))
+        return
+    with Progress(
+        TextColumn(what), BarColumn(bar_width=BAR), TaskProgressColumn(), DownloadColumn(), console=console, transient=True
+    ) as progress:
+        task = progress.add_task(what, total=total_bytes)
+        yield lambda count: progress.update(task, completed=count)

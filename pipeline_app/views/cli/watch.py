@@ -1,0 +1,184 @@
+"""Looking at a run while it goes on: `run status`, `run wait`, `run watch`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline_app.domain.states import JobState
+from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option, run_argument, stage_option
+from pipeline_app.views.cli.progress import is_watched, run_progress, unfinished
+from pipeline_app.views.cli.render import (
+    echo_error,
+    echo_json,
+    echo_json_line,
+    echo_table,
+    echo_warning,
+    number,
+    plural,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from pipeline_app.control.status import Status
+
+#: How often `watch` looks.
+LOOK_EVERY_S = 1.0
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  pipeline-app run status last
+  pipeline-app run status books-1 --json | jq .states""",
+)
+@run_argument
+@json_option
+def status(run: str, as_json: bool) -> None:
+    """Show where the jobs of RUN stand.
+
+    RUN is a run's name, or "last" for the newest. Counts come from counters: it is as fast for ten million jobs as for
+    ten. Problems, such as a queue with work that nothing consumes, are shown as warnings.
+    """
+    from pipeline_app.control.status import status as ask
+
+    with connection() as rt:
+        found = ask(rt, run)
+    if as_json:
+        echo_json(found.as_dict())
+    else:
+        echo_status(found)
+
+
+def echo_status(found: Status) -> None:
+    """A status as text."""
+    click.echo(f"{styled(f'run {found.run}', bold=True)}  pipeline {found.pipeline}  {found.state}")
+    click.echo(f"{plural(found.seeded, 'job')}: {_counts(found)}")
+    click.echo()
+    present = [state for state in JobState if found.states[state] and state != JobState.TERMINAL]
+    headers = ["stage", "completed", *map(str, present), "workers", "concurrency"]
+    echo_table(
+        headers,
+        [
+            [row.stage, row.completed, *(row.states[state] for state in present), row.workers, row.concurrency]
+            for row in found.stages
+        ],
+    )
+    queues = [part for row in found.stages for part in row.partitions if part.ready]
+    if queues:
+        click.echo()
+        rows = [[part.queue, part.ready, part.consumers] for part in queues]
+        echo_table(["queue", "messages ready", "consumers"], rows, shrink=["queue"])
+    for text in found.warnings:
+        echo_warning(text)
+
+
+def _counts(found: Status) -> str:
+    return ", ".join(f"{count:,} {state}" for state, count in found.states.items() if count) or "none"
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  pipeline-app run wait last
+  pipeline-app run wait books-1 --timeout 600 --strict && ./next-step""",
+)
+@run_argument
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="S", help="Give up after S seconds.")
+@stage_option
+@click.option("--strict", is_flag=True, help="Dead letters count as a failure.")
+@json_option
+def wait(run: str, timeout_s: float | None, stage: str | None, strict: bool, as_json: bool) -> int | None:
+    """Wait until every job of RUN is terminal, dead-lettered or cancelled.
+
+    With --stage: until every job is past that stage. Exits 0 when that is so, and 1 when the time is over or when a
+    seed batch was interrupted: then nobody knows whether all jobs are in. With --strict also if there are dead letters.
+    """
+    from pipeline_app.control.runs import wait as wait_for
+
+    with connection() as rt:
+        with run_progress(silent=as_json) as show:
+            found = wait_for(rt, run, timeout_s=timeout_s, stage=stage, progress=show)
+        outcome = _outcome(found, stage, strict)
+        if outcome == "timeout" and not as_json:
+            found = _with_warnings(rt, found)
+    if as_json:
+        echo_json({"done": outcome is None, "outcome": outcome or "done", **found.as_dict()})
+    elif outcome is None:
+        click.echo(f"run {found.run}: {plural(found.seeded, 'job')}: {_counts(found)}")
+    else:
+        for text in found.warnings:
+            echo_warning(text)
+        echo_error(outcome, *_explained(found, outcome, timeout_s), as_json=False)
+    return None if outcome is None else EXIT_NO
+
+
+def _outcome(found: Status, stage: str | None, strict: bool) -> str | None:
+    """Why the answer is no: interrupted, timeout or dead_letters; None if it is yes."""
+    if found.interrupted:
+        return "interrupted"
+    if not found.is_past(stage):
+        return "timeout"
+    names = [row.stage for row in found.stages]
+    looked_at = found.stages if stage is None else found.stages[: names.index(stage) + 1]
+    dead = sum(row.states[JobState.DEAD_LETTERED] for row in looked_at)
+    return "dead_letters" if strict and dead else None
+
+
+def _explained(found: Status, outcome: str, timeout_s: float | None) -> tuple[str, str | None]:
+    if outcome == "interrupted":
+        what = f"seed batch {', '.join(found.interrupted)} of run {found.run} was interrupted"
+        return what, f"seed the same jobs again: pipeline-app run seed {found.run} --jobs FILE --skip-existing"
+    if outcome == "timeout":
+        open_batches = f"; seed batch {', '.join(found.seeding)} is still open" if found.seeding else ""
+        left = unfinished(found) or "no jobs left"
+        return f"run {found.run} is not done after {timeout_s:g} s: {left}{open_batches}", None
+    dead = number(found.states[JobState.DEAD_LETTERED])
+    return f"{dead} jobs are dead-lettered", f"pipeline-app failures {found.run} shows why"
+
+
+def _with_warnings(rt: Any, found: Status) -> Status:
+    """The run once more, with what the broker says about it: that may be why it is not done."""
+    from pipeline_app.control.status import status as ask
+
+    return ask(rt, found.run)
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  pipeline-app run watch last
+  pipeline-app run watch last --json | jq --unbuffered .states.pending""",
+)
+@run_argument
+@json_option
+def watch(run: str, as_json: bool) -> None:
+    """Watch RUN until all its jobs are at rest: a bar for each stage, rate, time to go.
+
+    Ctrl-C stops watching; the run goes on. With --json: the status in a line, whenever it changed, at most once a
+    second.
+    """
+    from pipeline_app.control.status import status as ask
+
+    last = ""
+    with connection() as rt, run_progress(silent=as_json) as show:
+        name = run
+        while True:
+            found = ask(rt, name)
+            # "last" stays the run that it was at first.
+            name = found.run
+            show(found)
+            line = f"{found.state}, {plural(found.seeded, 'job')}: {_counts(found)}"
+            if as_json and (found.as_dict() | {"as_of": None}) != last:
+                echo_json_line(found.as_dict())
+            elif not as_json and not is_watched() and line != last:
+                click.echo(line)
+            last = (found.as_dict() | {"as_of": None}) if as_json else line
+            if not found.seeding and found.at_rest == found.seeded:
+                return
+            time.sleep(LOOK_EVERY_S)
