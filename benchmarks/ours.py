@@ -1,4 +1,4 @@
-"""Seeds the benchmark's run, or waits for it and prints its seconds; a process of its own with the worker's settings."""
+"""Seeds the benchmark's run, or waits for it and prints its seconds; a process with the worker's settings."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 from celery import Celery
-from kombu import Queue
 
 from pipeline_app import settings as settings_module
 from pipeline_app.domain.handler import import_object
@@ -23,7 +23,7 @@ from pipeline_app.runtime import Runtime, build
 from pipeline_app.settings import Settings
 from pipeline_app.store import schema
 from pipeline_app.transport.publisher import ANSWER_TIMEOUT_S
-from pipeline_app.transport.topology import HintRouter, idle_queue
+from pipeline_app.transport.topology import HintRouter, idle_queue, plain_queue
 
 
 def load_pipelines(paths: Iterable[str]) -> dict[str, Pipeline]:
@@ -49,22 +49,25 @@ def load_pipelines(paths: Iterable[str]) -> dict[str, Pipeline]:
 def make_celery(settings: Settings, pipelines: dict[str, Pipeline], flow: Callable[[], Flow]) -> Celery:
     """The Celery app: the user's celeryconfig.py, and over it what may not be otherwise."""
     app = Celery("pipeline_app")
+    own = None
     if (settings_module.project_root() / "celeryconfig.py").is_file():
-        app.config_from_object(importlib.import_module("celeryconfig"))
+        own = importlib.import_module("celeryconfig")
+        app.config_from_object(own)
     tasks = {task_name(p.name, s.name): (p.name, s.name) for p in pipelines.values() for s in p.stages}
-    app.conf.update(_fixed(settings, app.conf, HintRouter(settings.queue_type, tasks)))
+    app.conf.update(_fixed(settings, own, app.conf, HintRouter(settings.queue_type, tasks)))
     for pipeline in pipelines.values():
         for stage in pipeline.stages:
             app.register_task(StageTask(task_name(pipeline.name, stage.name), stage, flow))
     return app
 
 
-def _fixed(settings: Settings, conf: Any, router: HintRouter) -> dict[str, Any]:
+def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRouter) -> dict[str, Any]:
     """Settings that the promises rest on; several of Celery's defaults lose work silently."""
     routes = conf.get("task_routes") or []
     default_queue = conf.get("task_default_queue") or "celery"
     own_queues = list(conf.get("task_queues") or [])
-    options: dict[str, Any] = {}
+    # The embedded broker is polled; kombu's own pause is a second.
+    options: dict[str, Any] = {"polling_interval": 0.1}
     if not settings.broker_is_embedded:
         # Without confirms a lost message is no error; without time limits a silent broker is a worker that hangs.
         options = {"confirm_publish": True, "read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S}
@@ -76,17 +79,19 @@ def _fixed(settings: Settings, conf: Any, router: HintRouter) -> dict[str, Any]:
         "broker_channel_error_retry": True,
         "broker_connection_max_retries": None,
         "result_backend": conf.get("result_backend") or "disabled://",
+        # A cold stop lets running handlers end within this; what does not is given back.
+        "worker_soft_shutdown_timeout": getattr(own, "worker_soft_shutdown_timeout", 30.0),
         "accept_content": ["json"],
         "task_serializer": "json",
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        # More would be reserved by one worker while another is idle; with quorum queues it counts for each queue.
-        "worker_prefetch_multiplier": 1,
+        # Celery's four would be reserved by one worker while another is idle, for each queue if it is a quorum queue.
+        "worker_prefetch_multiplier": getattr(own, "worker_prefetch_multiplier", 1),
         "worker_enable_prefetch_count_reduction": False,
         # A redelivered copy finds its message claimed; nothing that runs needs to be stopped for it.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_routes": [router, *(routes if isinstance(routes, (list, tuple)) else [routes])],
-        "task_queues": [idle_queue(settings.queue_type), Queue(default_queue), *own_queues],
+        "task_queues": [idle_queue(settings.queue_type), plain_queue(default_queue), *own_queues],
         "task_default_queue": default_queue,
         "worker_consumer": "pipeline_app.flow.worker:StageConsumer",
         "worker_hijack_root_logger": conf.get("worker_hijack_root_logger", True),

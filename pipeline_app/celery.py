@@ -45,7 +45,7 @@ def _flow() -> Flow:
                     incarnation=lambda: _shared.incarnation,
                     version=lambda: _shared.version,
                 )
-                flow = _flows[os.getpid()] = Flow(rt, worker_stops)
+                flow = _flows[os.getpid()] = Flow(rt, worker_stops, Follow.process.slots)
     return flow
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from celery import Celery
@@ -91,15 +91,27 @@ class Runtime:
     memory: Memory
     #: The incarnation whose lease covers what this process claims, as it is now.
     incarnation: Callable[[], str]
-    #: Name of this process: of its connections, and of its counters, which one transaction at a time uses.
+    #: Name of this process, and of its connections.
     process: str
-    #: Taken by whoever applies a transition under `process`.
-    counting: threading.Lock = field(default_factory=threading.Lock)
+    _free_counters: list[str] = field(default_factory=list)
+    _counters: itertools.count[int] = field(default_factory=itertools.count)
     _tokens: itertools.count[int] = field(default_factory=itertools.count)
 
     def token(self) -> str:
         """A fresh claim token of this process."""
         return f"{self.incarnation()}/{self.process.rsplit('.', 1)[-1]}/{next(self._tokens)}"
+
+    @contextmanager
+    def counting(self) -> Iterator[str]:
+        """A name for counters that no other thread uses meanwhile: two transactions on one document would collide."""
+        try:
+            name = self._free_counters.pop()
+        except IndexError:
+            name = f"{self.process}.{next(self._counters)}"
+        try:
+            yield name
+        finally:
+            self._free_counters.append(name)
 
     def pipeline_of(self, plan: RunPlan) -> Pipeline | None:
         """The pipeline with exactly the run's definition; None if this process does not have it."""

@@ -62,7 +62,7 @@ def _move(rt: Runtime, plan: RunPlan, rows: list[Document]) -> int:
     left = {row["_id"]: row for row in rows}
     while left:
         now = rt.store.now()
-        whole = Transition(worker=rt.process, now=now)
+        whole = Transition(now=now)
         groups: dict[tuple[str, str, str], list[Document]] = defaultdict(list)
         for row in left.values():
             groups[row["stage"], row["partition"], row["state"]].append(row)
@@ -79,7 +79,7 @@ def _move(rt: Runtime, plan: RunPlan, rows: list[Document]) -> int:
             ids = [row["job"] for row in group]
             whole.events.append(transition.event(plan.run, stage, "cancelled", jobs=ids, now=now))
         try:
-            with rt.counting:
+            with rt.counting() as whole.worker:
                 transition.apply(rt.store, whole)
             return len(left)
         except NotFittingError as exc:

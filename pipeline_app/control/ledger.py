@@ -113,8 +113,13 @@ def events(
     plan = find_plan(rt, run, stage)
     if job_id is not None:
         find_job(rt, plan.run, job_id)
-    rows = store_events.of_run(rt.store, plan.run, job_id=job_id, stage=stage, limit=limit)
-    return [_event(row, job_id) for row in rows]
+    return _events(rt, plan.run, job_id, stage, limit)
+
+
+def _events(rt: Runtime, run: str, job_id: str | None, stage: str | None, limit: int) -> list[Document]:
+    rows = store_events.of_run(rt.store, run, job_id=job_id, stage=stage, limit=limit)
+    # Ids that different processes made within a second are in no order.
+    return [_event(row, job_id) for row in sorted(rows, key=lambda row: row["at"])]
 
 
 def _event(row: Document, job_id: str | None) -> Document:
@@ -158,21 +163,18 @@ def job(rt: Runtime, run: str, job_id: str) -> Document:
         "updated_at": row["updated_at"],
         "payload": row.get("payload"),
         "attempts": [_attempt(attempt) for attempt in store_attempts.of_job(rt.store, plan.run, row["job"])],
-        "outputs": _outputs(rt, plan.run, row["job"]),
-        "events": [
-            _event(event, row["job"])
-            for event in store_events.of_run(rt.store, plan.run, job_id=row["job"], limit=JOB_EVENTS)
-        ],
+        "outputs": _outputs(rt, plan, row["job"]),
+        "events": _events(rt, plan.run, row["job"], None, JOB_EVENTS),
     }
 
 
-def _outputs(rt: Runtime, run: str, job_id: str) -> list[Document]:
+def _outputs(rt: Runtime, plan: RunPlan, job_id: str) -> list[Document]:
     found = []
-    for row in outputs.of_job(rt.store, run, job_id):
+    for row in outputs.of_job(rt.store, plan.run, job_id):
         stage, message = row["_id"].rsplit("/", 2)[1:]
         found.append({"stage": stage, "message": message, "value": row["value"]})
-    # Ids of messages grow with time.
-    return sorted(found, key=lambda output: output["message"])
+    order = [stage.name for stage in plan.stages]
+    return sorted(found, key=lambda output: order.index(output["stage"]))
 
 
 def shown_state(rt: Runtime, row: Mapping[str, Any]) -> str:

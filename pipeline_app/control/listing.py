@@ -36,7 +36,6 @@ def runs(rt: Runtime, limit: int) -> list[dict[str, Any]]:
 
 def workers(rt: Runtime) -> list[dict[str, Any]]:
     """Workers that run and those that ended lately, oldest first. Raises StoreError."""
-    rt.store.synchronise()
     rows = store_workers.listing(rt.store, rt.store.now() - ENDED_SHOWN)
     alive = {row["_id"] for row in store_workers.alive(rt.store)}
     running: dict[str, int] = {}

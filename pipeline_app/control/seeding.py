@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from bson import ObjectId
-
 from pipeline_app.control.publishing import publish_or_leave
 from pipeline_app.domain.job import JobLine, as_job_line, job_key
 from pipeline_app.domain.partition import partition_key, queue_name, target_tags
@@ -115,7 +113,7 @@ class _Batch:
     def __init__(self, rt: Runtime, plan: RunPlan, *, whole: bool, skip_existing: bool) -> None:
         self.rt = rt
         self.plan = plan
-        self.id = str(ObjectId())
+        self.id = messages.new_id()
         self.whole = whole
         self.skip_existing = skip_existing
         self.added = 0

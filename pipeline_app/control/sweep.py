@@ -154,7 +154,7 @@ def _enqueue_group(
         now = rt.store.now()
         keys = {row["job"]: key for key, row in left.items()}
         fresh = new_messages(plan, stage, partition, list(keys), now)
-        whole = Transition(worker=rt.process, now=now, messages=list(fresh))
+        whole = Transition(now=now, messages=list(fresh))
         for message in fresh:
             whole.moves.append(
                 JobMove(
@@ -169,7 +169,7 @@ def _enqueue_group(
             )
         whole.count((run, stage, partition), state, JobState.PENDING, len(left))
         try:
-            with rt.counting:
+            with rt.counting() as whole.worker:
                 transition.apply(rt.store, whole)
             return fresh
         except NotFittingError as exc:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from typing import Any
 
@@ -25,7 +26,6 @@ Answer = tuple[str, dict[str, Any] | None, str | None]
 
 def why(rt: Runtime, run: str, job_id: str) -> dict[str, Any]:
     """What a job waits for. Raises NotFoundError, StoreError. A broker that is away is a part of the answer."""
-    rt.store.synchronise()
     manifest = manifests.get(rt.store, run)
     plan = RunPlan.of(manifest)
     row, message = _look(rt, plan.run, job_id)
@@ -85,7 +85,7 @@ def _answer(
 def _dead(rt: Runtime, plan: RunPlan, row: Document) -> Answer:
     error = last_errors(rt, plan.run, [row])[row["_id"]]
     what = f"it was dead-lettered in {row['stage']} at {_time(row['updated_at'])} ({row['reason']}): {_brief(error)}"
-    return what, None, f"pipeline-app failures {plan.run} --job {row['job']} shows the whole error"
+    return what, None, f"pipeline-app failures {plan.run} --job {shlex.quote(row['job'])} shows the whole error"
 
 
 def _hidden_batch(rt: Runtime, run: str, batch: str) -> Document | None:

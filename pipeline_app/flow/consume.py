@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from celery import Task
@@ -51,12 +53,16 @@ class ChunkFailedError(PipelineError):
 class Flow:
     """One process's way through claim, gates, handle, record and forward, shared by its threads."""
 
-    def __init__(self, rt: Runtime, when_stopping: Callable[[], bool]) -> None:
+    def __init__(self, rt: Runtime, when_stopping: Callable[[], bool], slots: int | None = None) -> None:
         self.rt = rt
+        #: Handlers that may run at once; what waits for the store meanwhile does not keep them waiting. None where the
+        #: pool itself is the bound.
+        self._slots = threading.Semaphore(slots) if slots else nullcontext()
         self.notes = Notes(rt)
         self._stopping = when_stopping
         self._claims: Group[str, claim.Work | None] = Group(lambda ids: claim.claim(rt, ids))
         self._records: Group[record.Record, list[Document]] = Group(lambda rows: record.record_together(rt, rows))
+        self._forwards: Group[list[Document], bool] = Group(self._forward)
 
     def run(self, hint: Hint) -> str:
         """Take the hint's message through its stage, and return what happened in a few words.
@@ -66,16 +72,26 @@ class Flow:
         work = self._claim(hint.message)
         if work is None:
             return "not open"
-        pipeline = self.rt.pipeline_of(work.plan)
-        if pipeline is None:
-            self._record(work, [Outcome(job_id=job, move=Move.AWAIT_DEFINITION) for job in work.job_ids], "")
-            return "waits for a worker with its definition"
-        stage = pipeline.stage(work.stage)
-        ready, refused = gates.sort(self.rt, work)
-        outcomes = handle.handle(self.rt, work, stage, ready)
-        next_messages = self._record(work, refused + outcomes, stage.handler.code_version)
-        forward(self.rt, next_messages, self.notes)
-        return summary(refused + outcomes)
+        with self._slots:
+            pipeline = self.rt.pipeline_of(work.plan)
+            if pipeline is None:
+                return self._await_definition(work)
+            stage = pipeline.stage(work.stage)
+            ready, refused = gates.sort(self.rt, work)
+            outcomes = refused + handle.handle(self.rt, work, stage, ready)
+        next_messages = self._record(work, outcomes, stage.handler.code_version)
+        if next_messages:
+            self._forwards.submit(next_messages)
+        return summary(outcomes)
+
+    def _forward(self, batches: Sequence[list[Document]]) -> list[bool]:
+        done = forward(self.rt, [row for rows in batches for row in rows], self.notes)
+        return [done] * len(batches)
+
+    def _await_definition(self, work: claim.Work) -> str:
+        outcomes = [Outcome(job_id=job, move=Move.AWAIT_DEFINITION) for job in work.job_ids]
+        self._record(work, outcomes, "")
+        return "waits for a worker with its definition"
 
     def give_up(self, message: str, exc: BaseException) -> None:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""

@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kombu import Queue
-
 from pipeline_app.domain.hint import Hint
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.errors import BrokerError, StoreError
@@ -19,7 +17,7 @@ from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages, outputs
 from pipeline_app.store.client import Document
 from pipeline_app.transport.publisher import Envelope
-from pipeline_app.transport.topology import named_queue
+from pipeline_app.transport.topology import Queue, named_queue
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
         keys = [job_key(plan.run, job) for job in message["jobs"]]
         found = {k: row for k, row in jobs.for_claim(rt.store, keys).items() if row["message"] == message["_id"]}
         now = rt.store.now()
-        whole = Transition(worker=rt.process, now=now, close=[(message["_id"], message["token"])])
+        whole = Transition(now=now, close=[(message["_id"], message["token"])])
         doomed = [k for k, row in found.items() if lost and row["losses"] + 1 >= stage.losses]
         onward = [row["job"] for key, row in found.items() if key not in doomed]
         fresh = new_messages(plan, stage.name, message["partition"], onward, now, chunk=1 if lost else None)
@@ -46,7 +46,7 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
             whole.attempts.extend(_lost_attempts(message, found, lost, now))
         whole.events.append(_event(message, [row["job"] for row in found.values()], fresh, lost, now))
         try:
-            with rt.counting:
+            with rt.counting() as whole.worker:
                 transition.apply(rt.store, whole)
             return fresh
         except NotFittingError as exc:

@@ -39,30 +39,30 @@ class Group(Generic[Item, Result]):
         """The result for `item`; raises what `work` raised for the items that it was done with."""
         place: _Place[Item, Result] = _Place(item)
         with self._lock:
-            self._waiting.append(place)
-            lead = not self._led
-            self._led = True
-        if not lead:
-            place.woken.wait()
-        if not place.done:
+            lead, self._led = not self._led, True
+            if not lead:
+                self._waiting.append(place)
+        if lead:
             self._lead(place)
+        else:
+            place.woken.wait()
+            if not place.done:
+                self._lead(place)
         if place.error is not None:
             raise place.error
         return place.result  # type: ignore[return-value]  # set whenever done without an error
 
     def _lead(self, own: _Place[Item, Result]) -> None:
-        while not own.done:
-            with self._lock:
-                places, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
-            self._do(places)
-            for place in places:
-                if place is not own:
-                    place.woken.set()
+        """Do the own item and what waits, then pass the lead on; a successor is out of the list, so nobody takes it."""
         with self._lock:
-            successor = self._waiting[0] if self._waiting else None
+            others, self._waiting = self._waiting[: self._limit - 1], self._waiting[self._limit - 1 :]
+        self._do([own, *others])
+        for place in others:
+            place.woken.set()
+        with self._lock:
+            successor = self._waiting.pop(0) if self._waiting else None
             self._led = successor is not None
         if successor is not None:
-            # Not done yet, and woken: it leads from here.
             successor.woken.set()
 
     def _do(self, places: Sequence[_Place[Item, Result]]) -> None:

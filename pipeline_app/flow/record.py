@@ -51,14 +51,14 @@ def record_together(rt: Runtime, records: Sequence[Record]) -> list[list[Documen
         if not left:
             break
         now = rt.store.now()
-        whole = Transition(worker=rt.process, now=now)
+        whole = Transition(now=now)
         for record in left:
             if record.plan is None:
                 _plan(rt, record, now)
             assert record.plan is not None
             whole.merge(record.plan)
         try:
-            with rt.counting:
+            with rt.counting() as whole.worker:
                 transition.apply(rt.store, whole)
             break
         except NotFittingError as exc:
@@ -105,7 +105,7 @@ def _keep_refused(rt: Runtime, records: Sequence[Record]) -> None:
 def _plan(rt: Runtime, record: Record, now: datetime) -> None:
     """Fill in `plan` and `next_messages`. The ids of new messages are made here, once: asking again repeats them."""
     work = record.work
-    plan = Transition(worker=rt.process, now=now, close=[(work.message, work.token)])
+    plan = Transition(now=now, close=[(work.message, work.token)])
     mine = [o for o in record.outcomes if job_key(work.plan.run, o.job_id) not in record.refused]
     record.next_messages = []
     for move, make in _MAKERS.items():

@@ -11,14 +11,15 @@ import logging
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 from celery import bootsteps
 from celery.worker.consumer import Consumer
-from kombu import Queue
 
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import DEFAULT, queue_name
@@ -30,7 +31,7 @@ from pipeline_app.flow.lifeline import Lifeline, Shared
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
 from pipeline_app.store.client import Document
-from pipeline_app.transport.topology import IDLE_QUEUE, named_queue
+from pipeline_app.transport.topology import IDLE_QUEUE, Queue, named_queue
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,20 @@ class WorkerProcess:
         #: Called once when the worker is up, and once before it leaves: the sweep.
         self.on_up: list[Callable[[], None]] = []
         self.on_leave: list[Callable[[], None]] = []
+        #: Handlers at once in a pool of threads; None for other pools.
+        self.slots: int | None = None
         self._pid = os.getpid()
         self._left = False
+
+    def tune(self, consumer: Any) -> None:
+        """Let the threads pool record one message while it handles the next; before its first task."""
+        if type(consumer.pool).__module__ != "celery.concurrency.thread":
+            return
+        self.slots = consumer.pool.limit
+        consumer.pool.executor = ThreadPoolExecutor(max_workers=max(consumer.initial_prefetch_count, self.slots))
+        # A thread that comes back from the network waits for the interpreter's lock up to this long; at Python's 5 ms,
+        # with some fifteen round trips a message, that would be most of the time.
+        sys.setswitchinterval(0.0001)
 
     def up(self, consumer: Any) -> None:
         """Register, after the pool was forked and before anything is consumed."""
@@ -191,7 +204,7 @@ class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
     """Celery's consumer, without what does not fit, and keeping what it would drop."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
-        """Celery's steps, but not delayed delivery: nothing of ours waits in the broker, and it warns of our exchange."""
+        """Celery's steps without delayed delivery: it warns of our exchange, and nothing waits in the broker."""
 
         default_steps: ClassVar[list[str]] = [
             step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
@@ -215,6 +228,7 @@ class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no 
         queues = consumer.app.amqp.queues
         named = queues._consume_from
         process = self.process
+        process.tune(consumer)
         process.selection = Selection(None if named is None else list(named), process.pipelines)
         if named is None:
             process.selection.others = {consumer.app.conf.task_default_queue}

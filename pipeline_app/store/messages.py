@@ -19,7 +19,7 @@ THEN = "(then)"
 
 
 def new_id() -> str:
-    """A message id: 24 hex digits that grow with time, so that indexes grow at their end."""
+    """An id for a message or a batch: 24 hex digits that grow with time, so that indexes grow at their end."""
     return str(ObjectId())
 
 

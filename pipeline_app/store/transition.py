@@ -44,9 +44,9 @@ class JobMove:
 class Transition:
     """A plan."""
 
-    #: Names the counter documents: transactions that use one name at the same time would wait for each other.
-    worker: str
     now: datetime
+    #: Names the counter documents: transactions that use one name at the same time would wait for each other.
+    worker: str = ""
     #: (message, token): claimed by the token, to be closed.
     close: list[tuple[str, str]] = field(default_factory=list)
     new_jobs: list[Document] = field(default_factory=list)

@@ -12,6 +12,8 @@ from kombu import Exchange, Queue
 
 from pipeline_app.domain.partition import queue_name
 
+__all__ = ["HintRouter", "Queue", "idle_queue", "named_queue", "parked_queue", "plain_queue", "stage_queue"]
+
 EXCHANGE = Exchange("pipeline_app", "direct", durable=True)
 PARKED_EXCHANGE = Exchange("pipeline_app.parked", "fanout", durable=True)
 
@@ -47,6 +49,11 @@ def idle_queue(queue_type: str) -> Queue:
     """
     arguments = {"x-queue-type": queue_type}
     return Queue(IDLE_QUEUE, EXCHANGE, routing_key=IDLE_QUEUE, durable=True, queue_arguments=arguments)
+
+
+def plain_queue(name: str) -> Queue:
+    """A queue as Celery would make it, for tasks that are not stages."""
+    return Queue(name)
 
 
 class HintRouter:

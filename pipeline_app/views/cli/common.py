@@ -102,8 +102,9 @@ def _reported(ctx: click.Context) -> Iterator[None]:
         else:
             exc.show()
         ctx.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        echo_error("interrupted", "interrupted", None, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort) as exc:
+        # Whoever was interrupted in something may have said in what.
+        echo_error("interrupted", str(exc) or "interrupted", None, as_json=as_json)
         ctx.exit(EXIT_INTERRUPTED)
     except OSError as exc:
         if exc.errno != errno.EPIPE:
@@ -154,11 +155,15 @@ def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runt
     from pipeline_app.application import client_runtime, prepare
 
     logging.basicConfig(format=f"{styled('warning', fg='yellow', err=True)}: %(message)s", level=logging.WARNING)
+    # It would say for every page of jobs what the command says once.
+    logging.getLogger("pipeline_app.control.publishing").setLevel(logging.ERROR)
     chosen = settings.current()
     rt = client_runtime(chosen if pipelines else chosen.model_copy(update={"pipelines": ()}))
     try:
         if write:
             prepare(rt)
+        else:
+            rt.store.synchronise()
         yield rt
     finally:
         rt.close()

@@ -68,7 +68,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     try:
-        file = Path(path).open("rb")
+        file = Path(path).open("rb")  # noqa: SIM115 - an error of whoever reads it is not one of opening
     except OSError as exc:
         raise UsageError(f"cannot read {path}: {exc.strerror}") from exc
     with file:

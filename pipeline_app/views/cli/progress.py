@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NARROW, MIDDLE = 60, 100
 
 #: The width of a bar: the rest of the line has numbers.
-BAR = 30
+BAR, NARROW_BAR = 30, 10
 
 Show = Callable[["Status"], None]
 
@@ -82,20 +82,17 @@ class _Bars:
 
     def _update(self, name: str, done: int, total: int, standing: str) -> None:
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=None, standing="")
-        self._progress.update(self._tasks[name], completed=done, total=total or None, standing=standing)
+            self._tasks[name] = self._progress.add_task(name, count="", standing="")
+        count = f"{done:>{len(number(total))},} / {total:,}"
+        # A bar of nothing would pulse.
+        self._progress.update(
+            self._tasks[name], completed=done, total=max(total, 1), count=count, standing=standing
+        )
 
 
 def _make_progress(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
-
-    class Count(ProgressColumn):
-        """How many of how many."""
-
-        def render(self, task: Task) -> Text:
-            done, total = number(int(task.completed)), number(int(task.total or 0))
-            return Text(f"{done:>{len(total)}} / {total}", justify="right")
 
     class Rate(ProgressColumn):
         """How many a second, lately."""
@@ -114,9 +111,9 @@ def _make_progress(console: Console) -> Progress:
             hours, seconds = divmod(int(left), 3600)
             return Text(f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} to go", justify="right")
 
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=BAR), Count()]
+    bar = BarColumn(bar_width=BAR if console.width >= NARROW else NARROW_BAR)
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}")]
     if console.width < NARROW:
-        columns[1] = BarColumn(bar_width=10)
         return Progress(*columns, console=console, auto_refresh=False)
     columns += [Rate(), Left()]
     if console.width >= MIDDLE:
@@ -140,21 +137,27 @@ def unfinished(status: Status) -> str:
 
 
 @contextmanager
-def counter(what: str, *, total_bytes: int | None = None, silent: bool = False) -> Iterator[Callable[[int], None]]:
-    """A number that grows: bytes of a file that is read, with a bar; or things, with the word for one of them."""
+def counting(word: str, done: str, *, silent: bool = False) -> Iterator[Callable[[int], None]]:
+    """A number that grows: `1,790 jobs added`."""
     if silent or not is_watched():
         yield lambda count: None
         return
     from rich.console import Console
+
+    with Console(stderr=True, highlight=False).status("") as status:
+        yield lambda count: status.update(f"{plural(count, word)} {done}")
+
+
+@contextmanager
+def reading(what: str, total_bytes: int, *, silent: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar for a file that is read; called with the bytes read so far."""
+    if silent or not is_watched():
+        yield lambda done: None
+        return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 
-    console = Console(stderr=True, highlight=False)
-    if total_bytes is None:
-        with console.status("") as status:
-            yield lambda count: status.update(plural(count, what))
-        return
-    with Progress(
-        TextColumn(what), BarColumn(bar_width=BAR), TaskProgressColumn(), DownloadColumn(), console=console, transient=True
-    ) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR), TaskProgressColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as progress:
         task = progress.add_task(what, total=total_bytes)
-        yield lambda count: progress.update(task, completed=count)
+        yield lambda done: progress.update(task, completed=done)

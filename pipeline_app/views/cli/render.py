@@ -91,9 +91,11 @@ def clock(at: datetime | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`850 ms`, `2.5 s`, `3m05s`, `2h10m`."""
+    """`0.3 ms`, `850 ms`, `2.5 s`, `3m05s`, `2h10m`."""
     if seconds is None:
         return "-"
+    if seconds < 0.01:
+        return f"{seconds * 1000:.1f} ms"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -224,4 +226,4 @@ def echo_fields(fields: Mapping[str, Any]) -> None:
 def indented(text: str, by: int = 2) -> Iterator[str]:
     """The lines of a text, moved to the right."""
     for line in printable(text).splitlines():
-        yield " " * by + line
+        yield (" " * by + line).rstrip()

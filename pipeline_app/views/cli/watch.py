@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline_app.domain.states import JobState
-from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option, run_argument, stage_option
+from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option, run_argument
 from pipeline_app.views.cli.progress import is_watched, run_progress, unfinished
 from pipeline_app.views.cli.render import (
     echo_error,
@@ -16,6 +16,7 @@ from pipeline_app.views.cli.render import (
     echo_json_line,
     echo_table,
     echo_warning,
+    iso,
     number,
     plural,
     styled,
@@ -89,29 +90,31 @@ Examples:
 )
 @run_argument
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="S", help="Give up after S seconds.")
-@stage_option
+@click.option("--stage", metavar="STAGE", help="Wait only until every job is past this stage.")
 @click.option("--strict", is_flag=True, help="Dead letters count as a failure.")
 @json_option
 def wait(run: str, timeout_s: float | None, stage: str | None, strict: bool, as_json: bool) -> int | None:
-    """Wait until every job of RUN is terminal, dead-lettered or cancelled.
+    """Wait until RUN is done.
 
-    With --stage: until every job is past that stage. Exits 0 when that is so, and 1 when the time is over or when a
-    seed batch was interrupted: then nobody knows whether all jobs are in. With --strict also if there are dead letters.
+    That is when every job is terminal, dead-lettered or cancelled. With --stage: until every job is past that stage.
+    Exits 0 when that is so, and 1 when the time is over or when a seed batch was interrupted: then nobody knows
+    whether all jobs are in. With --strict also if there are dead letters.
     """
     from pipeline_app.control.runs import wait as wait_for
+    from pipeline_app.control.status import status as ask
 
     with connection() as rt:
         with run_progress(silent=as_json) as show:
             found = wait_for(rt, run, timeout_s=timeout_s, stage=stage, progress=show)
         outcome = _outcome(found, stage, strict)
-        if outcome == "timeout" and not as_json:
-            found = _with_warnings(rt, found)
+        # Once more, with what the broker says: that may be why it is not done.
+        warnings = ask(rt, found.run).warnings if outcome == "timeout" else []
     if as_json:
-        echo_json({"done": outcome is None, "outcome": outcome or "done", **found.as_dict()})
+        echo_json({**found.as_dict(), "done": outcome is None, "outcome": outcome or "done", "warnings": warnings})
     elif outcome is None:
         click.echo(f"run {found.run}: {plural(found.seeded, 'job')}: {_counts(found)}")
     else:
-        for text in found.warnings:
+        for text in warnings:
             echo_warning(text)
         echo_error(outcome, *_explained(found, outcome, timeout_s), as_json=False)
     return None if outcome is None else EXIT_NO
@@ -136,16 +139,9 @@ def _explained(found: Status, outcome: str, timeout_s: float | None) -> tuple[st
     if outcome == "timeout":
         open_batches = f"; seed batch {', '.join(found.seeding)} is still open" if found.seeding else ""
         left = unfinished(found) or "no jobs left"
-        return f"run {found.run} is not done after {timeout_s:g} s: {left}{open_batches}", None
+        return f"run {found.run} is not done after {timeout_s or 0:g} s: {left}{open_batches}", None
     dead = number(found.states[JobState.DEAD_LETTERED])
     return f"{dead} jobs are dead-lettered", f"pipeline-app failures {found.run} shows why"
-
-
-def _with_warnings(rt: Any, found: Status) -> Status:
-    """The run once more, with what the broker says about it: that may be why it is not done."""
-    from pipeline_app.control.status import status as ask
-
-    return ask(rt, found.run)
 
 
 @click.command(
@@ -158,27 +154,31 @@ Examples:
 @run_argument
 @json_option
 def watch(run: str, as_json: bool) -> None:
-    """Watch RUN until all its jobs are at rest: a bar for each stage, rate, time to go.
+    """Watch RUN live until it is done.
 
-    Ctrl-C stops watching; the run goes on. With --json: the status in a line, whenever it changed, at most once a
-    second.
+    A bar for each stage, with rate and time to go. Ctrl-C stops watching; the run goes on. With --json: the status in
+    a line, whenever it changed, at most once a second.
     """
     from pipeline_app.control.status import status as ask
 
-    last = ""
+    before: dict[str, Any] | None = None
     with connection() as rt, run_progress(silent=as_json) as show:
-        name = run
         while True:
-            found = ask(rt, name)
-            # "last" stays the run that it was at first.
-            name = found.run
+            found = ask(rt, run)
+            run = found.run  # "last" stays the run that it was at first
             show(found)
-            line = f"{found.state}, {plural(found.seeded, 'job')}: {_counts(found)}"
-            if as_json and (found.as_dict() | {"as_of": None}) != last:
-                echo_json_line(found.as_dict())
-            elif not as_json and not is_watched() and line != last:
-                click.echo(line)
-            last = (found.as_dict() | {"as_of": None}) if as_json else line
+            now = {**found.as_dict(), "as_of": None}
+            if now != before:
+                _tell(found, as_json)
+            before = now
             if not found.seeding and found.at_rest == found.seeded:
                 return
             time.sleep(LOOK_EVERY_S)
+
+
+def _tell(found: Status, as_json: bool) -> None:
+    """A line for a status that changed, where no bars are drawn."""
+    if as_json:
+        echo_json_line(found.as_dict())
+    elif not is_watched():
+        click.echo(f"{iso(found.as_of)}  {found.state}  {plural(found.seeded, 'job')}: {_counts(found)}")

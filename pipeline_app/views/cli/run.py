@@ -1,0 +1,298 @@
+"""The group `run`: making runs, adding jobs, and asking about runs as a whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline_app.errors import BadJobLineError, DuplicateJobError, RefusedError, StoreError, UsageError
+from pipeline_app.views.cli import jobfile
+from pipeline_app.views.cli.common import EXIT_NO, Group, connection, json_option, run_argument
+from pipeline_app.views.cli.progress import counting, reading
+from pipeline_app.views.cli.render import (
+    compact,
+    cut,
+    echo_error,
+    echo_json,
+    echo_json_line,
+    echo_table,
+    echo_warning,
+    number,
+    one_line,
+    plural,
+    width,
+)
+from pipeline_app.views.cli.watch import status, wait, watch
+
+if TYPE_CHECKING:
+    from pipeline_app.control.seeding import Seeded
+    from pipeline_app.control.verify import Verification
+    from pipeline_app.runtime import Runtime
+
+
+@click.group(cls=Group)
+def run() -> None:
+    """Make runs, add jobs to them, look at them."""
+
+
+@run.command(
+    epilog="""\b
+Examples:
+  pipeline-app run init books-1 --pipeline survey
+  pipeline-app run init books-2 --definition books.toml""",
+)
+@click.argument("run")
+@click.option("--pipeline", metavar="NAME", help="A pipeline of celeryconfig.py.")
+@click.option("--definition", metavar="FILE", help="A TOML or JSON file that defines a pipeline.")
+@json_option
+def init(run: str, pipeline: str | None, definition: str | None, as_json: bool) -> None:
+    """Make a run of a pipeline.
+
+    Jobs are added by "run seed". RUN has letters, digits, ".", "_" and "-". The run keeps the pipeline's definition;
+    only workers that have exactly the same one take its jobs. So a FILE must also stand in `pipelines` of the workers'
+    celeryconfig.py: pipelines = ["books.toml"].
+    """
+    from pipeline_app.control.runs import create_run
+    from pipeline_app.domain.pipeline import load_definition
+
+    if (pipeline is None) == (definition is None):
+        raise UsageError("give either --pipeline NAME or --definition FILE")
+    with connection(pipelines=True) as rt:
+        chosen = load_definition(Path(definition)) if definition else pipeline or ""
+        manifest = create_run(rt, run, chosen)
+        known = rt.pipelines.get(manifest["pipeline"])
+    stages = [stage["name"] for stage in manifest["definition"]["stages"]]
+    warnings = []
+    if known is None or known.hash != manifest["hash"]:
+        warnings.append(f"workers of this project do not have this definition: add {definition} to celeryconfig.py")
+    if as_json:
+        made = {"run": run, "pipeline": manifest["pipeline"], "stages": stages, "hash": manifest["hash"]}
+        echo_json({**made, "created_at": manifest["created_at"], "warnings": warnings})
+        return
+    click.echo(f"made run {run} of pipeline {manifest['pipeline']}: {' -> '.join(stages)}")
+    for text in warnings:
+        echo_warning(text)
+
+
+@run.command(
+    epilog="""\b
+Examples:
+  pipeline-app run seed books-1 --jobs books.jsonl
+  python -m handlers.survey ~/src | pipeline-app run seed last --jobs -
+  pipeline-app run seed books-1 --jobs books.jsonl --skip-existing
+
+\b
+A line of FILE:
+  {"job_id": "a1", "payload": {"isbn": "0-19-853453-1"}, "tags": {"provider": "openai"}}
+and, if need be, "delay_s": 60 (or "5m"), "not_before" and "expires_at" (ISO 8601).""",
+)
+@run_argument
+@click.option("--jobs", "path", metavar="FILE", required=True, help='JSON lines; "-" is standard input.')
+@click.option("--skip-existing", is_flag=True, help="Pass over jobs that RUN has already: goes on after a stop.")
+@json_option
+def seed(run: str, path: str, skip_existing: bool, as_json: bool) -> None:
+    """Add the jobs of FILE to RUN.
+
+    A file is read twice: first for mistakes, so that one with a bad line or a job id that RUN has already adds nothing.
+    Standard input is added as it comes.
+    """
+    if jobfile.can_be_read_twice(path):
+        with reading(f"checking {path}", Path(path).stat().st_size, silent=as_json) as show:
+            try:
+                jobfile.check(path, show)
+            except BadJobLineError as exc:
+                raise BadJobLineError(exc.message, hint="nothing of the file was added") from exc
+    with connection(write=True) as rt:
+        seeded = _seed(rt, run, path, skip_existing, as_json)
+    if as_json:
+        echo_json(vars(seeded))
+        return
+    skipped = f", {number(seeded.skipped)} were there already" if skip_existing else ""
+    click.echo(f"added {plural(seeded.added, 'job')} to run {seeded.run}{skipped}")
+    if not seeded.published:
+        echo_warning("the broker does not answer: the jobs are safe, and workers publish them when it does")
+
+
+def _seed(rt: Runtime, run: str, path: str, skip_existing: bool, as_json: bool) -> Seeded:
+    from pipeline_app.control import seeding
+
+    whole = jobfile.can_be_read_twice(path)
+    tally = _Tally()
+    with counting("job", "added", silent=as_json) as show, _with_what_became_of_it(tally, whole):
+
+        def note(added: int) -> None:
+            tally.added = added
+            show(added)
+
+        return seeding.seed(rt, run, jobfile.read(path), whole=whole, skip_existing=skip_existing, progress=note)
+
+
+class _Tally:
+    """How many jobs are in."""
+
+    added = 0
+
+
+@contextmanager
+def _with_what_became_of_it(tally: _Tally, whole: bool) -> Iterator[None]:
+    """Says in errors of seeding what is left of it, and how to go on."""
+    try:
+        yield
+    except (BadJobLineError, DuplicateJobError) as exc:
+        if whole:
+            hint = "nothing of the file was added" + (f"; {exc.hint}" if exc.hint else "")
+        else:
+            hint = f"{_were(tally)} added before it; mend it, and seed the same input again with --skip-existing"
+        raise type(exc)(exc.message, hint=hint) from exc
+    except StoreError as exc:
+        hint = "when MongoDB answers, seed the same jobs again with --skip-existing"
+        raise StoreError(f"{exc.message} ({_were(tally)} added)", hint=hint) from exc
+    except KeyboardInterrupt as exc:
+        left = "nothing was added" if whole else f"{_were(tally)} added; --skip-existing goes on"
+        raise KeyboardInterrupt(f"interrupted: {left}") from exc
+
+
+def _were(tally: _Tally) -> str:
+    return f"{plural(tally.added, 'job')} {'was' if tally.added == 1 else 'were'}"
+
+
+run.add_command(status)
+run.add_command(wait)
+run.add_command(watch)
+
+
+@run.command(
+    "list",
+    epilog="""\b
+Examples:
+  pipeline-app run list
+  pipeline-app run list --limit 5 --json""",
+)
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="How many of the newest.")
+@json_option
+def list_(limit: int, as_json: bool) -> None:
+    """List the newest runs, the newest last."""
+    from pipeline_app.control.listing import runs
+
+    with connection() as rt:
+        found = runs(rt, limit)
+    if as_json:
+        echo_json(found)
+        return
+    if not found:
+        click.echo("there are no runs yet; make one: pipeline-app run init RUN --pipeline NAME")
+        return
+    rows = [
+        [
+            row["run"],
+            row["pipeline"],
+            row["state"],
+            row["created_at"],
+            row["seeded"],
+            row["states"]["terminal"],
+            row["states"]["dead_lettered"],
+        ]
+        for row in found
+    ]
+    echo_table(["run", "pipeline", "state", "created", "jobs", "terminal", "dead_lettered"], rows, shrink=["run"])
+
+
+@run.command(
+    epilog="""\b
+Examples:
+  pipeline-app run results last --json > results.jsonl
+  pipeline-app run results books-1 --json | jq .result.lines""",
+)
+@run_argument
+@json_option
+def results(run: str, as_json: bool) -> None:
+    """Print what the last stage made of each job.
+
+    Only jobs that went through all stages have a result. With --json: {"job_id", "result", "tags"} in a line for each
+    job, in constant memory.
+    """
+    from pipeline_app.control.results import results as ask
+
+    with connection() as rt:
+        for row in ask(rt, run):
+            if as_json:
+                echo_json_line(row)
+            else:
+                click.echo(cut(f"{one_line(row['job_id'])}  {compact(row['result'])}", width()))
+
+
+@run.command(
+    epilog="""\b
+Examples:
+  pipeline-app run verify last
+  pipeline-app run verify books-1 --json | jq .problems""",
+)
+@run_argument
+@json_option
+def verify(run: str, as_json: bool) -> int | None:
+    """Account for every job of RUN.
+
+    Exits 1 if anything does not add up. Compares jobs, counters, attempts, events, messages and results with each
+    other. It may be called while the run goes on; what RabbitMQ holds can be compared exactly only while no worker
+    consumes.
+    """
+    from pipeline_app.control.verify import verify as look
+
+    with connection() as rt, counting("job", "looked at", silent=as_json) as show:
+        found = look(rt, run, progress=show)
+    if as_json:
+        echo_json(found.as_dict())
+    else:
+        echo_verification(found)
+    return None if found.ok else EXIT_NO
+
+
+def echo_verification(found: Verification) -> None:
+    """A verification as text."""
+    states = ", ".join(f"{count:,} {state}" for state, count in found.states.items() if count) or "none"
+    click.echo(f"run {found.run}: {plural(found.seeded, 'job')} seeded: {states}")
+    exact = "" if found.exact else "; what the broker holds was not compared, for that nothing may consume"
+    if found.ok:
+        click.echo(f"every job is accounted for{exact}")
+        return
+    rows = [[row.kind, row.job_id, row.stage, row.detail] for row in found.problems]
+    echo_table(["problem", "job", "stage", "detail"], rows, shrink=["job", "detail"])
+    if found.problem_count > len(rows):
+        click.echo(f"and {number(found.problem_count - len(rows))} more")
+    echo_error("problems", f"{plural(found.problem_count, 'problem')} in run {found.run}{exact}", None, as_json=False)
+
+
+@run.command(
+    epilog="""\b
+Examples:
+  pipeline-app run cancel books-1
+  pipeline-app run cancel last --yes --json""",
+)
+@run_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def cancel(run: str, yes: bool, as_json: bool) -> None:
+    """Cancel RUN: no job of it starts any more.
+
+    Jobs that went through all stages stay as they are, and so do dead letters. A handler that runs at this moment ends,
+    and what it did is not recorded. A cancelled run cannot be taken up again.
+    """
+    from pipeline_app.control.cancelling import cancel as do
+    from pipeline_app.control.status import status as ask
+
+    with connection(write=True) as rt:
+        found = ask(rt, run, queues=False)
+        open_jobs = found.seeded - found.at_rest
+        question = f"cancel run {found.run} with {plural(open_jobs, 'job')} that are not done?"
+        if not (yes or as_json) and sys.stdin.isatty() and not click.confirm(question, err=True):
+            raise RefusedError("nothing was cancelled")
+        moved = do(rt, found.run)
+    if as_json:
+        echo_json({"run": found.run, "cancelled": moved})
+    else:
+        click.echo(f"cancelled run {found.run}: {plural(moved, 'job')}")
