@@ -1,8 +1,11 @@
-"""A worker's lease, kept by an OS thread of its main process, and what its processes share.
+"""A worker's lease, kept by a thread of its main process, and what its processes share.
 
 The thread renews the lease for as long as the process lives, however long handlers run, and tells the rest of the
 process whether the store answers, which partitions there are, and that flags (a cancelled run) have changed. The
 children of a prefork pool see no remote control: they read the version and the incarnation from shared memory.
+
+Under gevent the thread is a greenlet like everything else (a thread of the system would share gevent's locks, logging's
+first, with a hub that is not its own): a handler that does not yield for LEASE_S costs the worker its lease there.
 """
 
 from __future__ import annotations
@@ -13,14 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.sharedctypes import RawArray, RawValue
-from typing import Any
 
 import psutil
 
 from pipeline_app.errors import StoreError
 from pipeline_app.runtime import new_incarnation
 from pipeline_app.store import partitions, workers
-from pipeline_app.store.client import Document, Store
+from pipeline_app.store.client import CALL_TIMEOUT_S, Document, Store
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Lifeline:
         self._describe = describe
         self._stopped = False
         self._registered = False
-        self._lock = threading.Lock()
+        self._running = False
         #: Whether the store answered lately; while it does not, nothing is consumed.
         self.healthy = False
         #: Partition documents, as they were when the store last answered.
@@ -91,19 +93,23 @@ class Lifeline:
             logger.warning("waiting for the store: %s", exc)
         finally:
             store.close()
-        start_os_thread(self._run)
+        threading.Thread(target=self._run, name="pipeline-lifeline", daemon=True).start()
 
     def end(self, store: Store) -> None:
         """Say goodbye: no sign of life after this."""
-        with self._lock:
-            self._stopped = True
-            if self._registered:
-                workers.end(store, self._shared.incarnation, "stopped")
+        self._stopped = True
+        # Its last renewal must not come after the end.
+        deadline = time.monotonic() + CALL_TIMEOUT_S + 1
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self._registered:
+            workers.end(store, self._shared.incarnation, "stopped")
 
     def _run(self) -> None:
-        # A client of its own, made in this thread: under gevent it must not share a hub with the handlers.
+        # A client of its own: it never waits for a connection that handlers use.
         store = Store(self._url, process="lifeline")
         ticks = 0
+        self._running = True
         while not self._stopped:
             try:
                 self._tick(store, ticks)
@@ -120,13 +126,11 @@ class Lifeline:
             ticks += 1
             time.sleep(TICK_S)
         store.close()
+        self._running = False
 
     def _tick(self, store: Store, ticks: int) -> None:
-        with self._lock:
-            if self._stopped:
-                return
-            if not self._registered or ticks % round(workers.RENEW_S / TICK_S) == 0:
-                self._renew(store)
+        if not self._registered or ticks % round(workers.RENEW_S / TICK_S) == 0:
+            self._renew(store)
         self._shared.version = workers.version(store, FLAGS)
         if ticks % round(PARTITIONS_S / TICK_S) == 0:
             self.partitions = partitions.of_pipelines(store, self._pipelines)
@@ -154,16 +158,3 @@ def _memory_of_tree() -> int:
         except psutil.Error:  # it ended in between
             continue
     return total
-
-
-def start_os_thread(run: Callable[[], Any]) -> None:
-    """Run in a thread of the operating system, also where gevent has put greenlets in the place of threads."""
-    try:
-        from gevent.monkey import get_original, is_module_patched
-    except ImportError:
-        threading.Thread(target=run, name="pipeline-lifeline", daemon=True).start()
-        return
-    if is_module_patched("threading"):
-        get_original("_thread", "start_new_thread")(run, ())
-    else:
-        threading.Thread(target=run, name="pipeline-lifeline", daemon=True).start()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
-from pymongo.errors import OperationFailure
+from pymongo.errors import CollectionInvalid
 
 from pipeline_app.domain.states import MessageState
 from pipeline_app.errors import RefusedError
@@ -81,9 +82,6 @@ def ensure(store: Store) -> None:
         # A transaction should never be the first to touch a collection.
         existing = set(store.db.list_collection_names())
         for name in INDEXES.keys() - existing:
-            try:
+            with suppress(CollectionInvalid):  # another process was faster
                 store.db.create_collection(name)
-            except OperationFailure as exc:  # another process was faster
-                if exc.code != 48:
-                    raise
         store.db.schema.update_one({"_id": "layout"}, {"$set": {"version": VERSION}}, upsert=True)

@@ -11,16 +11,17 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline_app.errors import PipelineError, UsageError
-from pipeline_app.views.cli.render import echo_error, styled
+from pipeline_app.views.cli.render import echo_error, echo_warning, one_line
 
 if TYPE_CHECKING:
     from pipeline_app.runtime import Runtime
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 TRACEBACK = "PIPELINE_TRACEBACK"
 #: Where a context keeps the words that our command was called with.
 _WORDS = "pipeline_app.words"
+
+#: Signals by which people, terminals and service managers end a command.
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 EXIT_NO = 1
 EXIT_USAGE = 2
@@ -144,6 +148,47 @@ def _check_celery_app(ctx: click.Context) -> None:
 
 
 @contextmanager
+def interrupted_once() -> Iterator[None]:
+    """For commands that must clean up: the first Ctrl-C interrupts them, and an impatient second one is ignored.
+
+    A terminal that is closed, or a plain `kill`, is the same to them.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature is Python's
+        _set_all(dict.fromkeys(_ENDINGS, signal.SIG_IGN))
+        name = signal.Signals(number).name
+        raise KeyboardInterrupt("interrupted" if number == signal.SIGINT else f"interrupted by {name}")
+
+    # What the caller ignores (nohup) stays ignored.
+    before = _set_all({n: interrupt for n in _ENDINGS if signal.getsignal(n) is not signal.SIG_IGN})
+    try:
+        yield
+    finally:
+        _set_all(before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While this runs, nothing interrupts it: it is the cleaning up itself."""
+    before = _set_all(dict.fromkeys(_ENDINGS, signal.SIG_IGN))
+    try:
+        yield
+    finally:
+        _set_all(before)
+
+
+def _set_all(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
+class _Warnings(logging.Handler):
+    """Shows what the framework warns of as the commands show their own warnings, also beside live bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        echo_warning(one_line(record.getMessage()))
+
+
+@contextmanager
 def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runtime]:
     """A runtime for one command; it connects at first use.
 
@@ -154,7 +199,7 @@ def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runt
     from pipeline_app import settings
     from pipeline_app.application import client_runtime, prepare
 
-    logging.basicConfig(format=f"{styled('warning', fg='yellow', err=True)}: %(message)s", level=logging.WARNING)
+    logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     # It would say for every page of jobs what the command says once.
     logging.getLogger("pipeline_app.control.publishing").setLevel(logging.ERROR)
     chosen = settings.current()

@@ -7,7 +7,6 @@ ends, no worker is left; if it is interrupted, neither are the services that it 
 from __future__ import annotations
 
 import importlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline_app.errors import PipelineError, RefusedError, UsageError
-from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option
+from pipeline_app.views.cli.common import (
+    EXIT_NO,
+    Command,
+    connection,
+    interrupted_once,
+    json_option,
+    undisturbed,
+)
 from pipeline_app.views.cli.inspect import brief
 from pipeline_app.views.cli.progress import run_progress
 from pipeline_app.views.cli.render import duration, echo_json, echo_table, plural, styled
@@ -84,14 +90,14 @@ def demo(path: Path | None, as_json: bool) -> int | None:
 
     provided: Provided | None = None
     try:
-        with _terminated_as_interrupted():
+        with interrupted_once():
             provided = provide(tell)
             with connection(write=True, pipelines=True) as rt:
                 result = _survey(rt, survey, _readable(jobs(path)), tell, silent=as_json)
-    except KeyboardInterrupt:
-        with _undisturbed():
-            _clear_away(provided, tell)
-        raise
+    except KeyboardInterrupt as exc:
+        with undisturbed():
+            left = _clear_away(provided, tell)
+        raise KeyboardInterrupt(f"{exc}; {left}") from exc
     if as_json:
         echo_json(_as_dict(result, provided))
     else:
@@ -177,43 +183,20 @@ def _workers(survey: Pipeline, tell: Callable[[str], None]) -> Iterator[Callable
         yield check
     finally:
         if ours:
-            with _undisturbed():
+            with undisturbed():
                 workers.stop(names)
 
 
-def _clear_away(provided: Provided | None, tell: Callable[[str], None]) -> None:
-    """After an interruption: services that this demo started go, too. Their data stay."""
+def _clear_away(provided: Provided | None, tell: Callable[[str], None]) -> str:
+    """After an interruption: services that this demo started go, too. Says what is left."""
     from pipeline_app.local import services
 
-    if provided is not None and provided.started:
-        services.down(tell)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A terminal that is closed, or a plain `kill`, ends the demo as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature is Python's
-        raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}")
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Cleaning up is not to be interrupted by an impatient second Ctrl-C."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if provided is None:
+        return "nothing was left running"
+    if not provided.started:
+        return "no worker is left, the services run on"
+    services.down(tell)
+    return "nothing was left running; the run is kept: pipeline-app up brings it back"
 
 
 def _as_dict(result: _Result, provided: Provided) -> dict[str, Any]:

@@ -101,13 +101,12 @@ def seed(run: str, path: str, skip_existing: bool, as_json: bool) -> None:
     A file is read twice: first for mistakes, so that one with a bad line or a job id that RUN has already adds nothing.
     Standard input is added as it comes.
     """
-    if jobfile.can_be_read_twice(path):
-        with reading(f"checking {path}", Path(path).stat().st_size, silent=as_json) as show:
-            try:
-                jobfile.check(path, show)
-            except BadJobLineError as exc:
-                raise BadJobLineError(exc.message, hint="nothing of the file was added") from exc
+    from pipeline_app.control.ledger import find_plan
+
     with connection(write=True) as rt:
+        find_plan(rt, run)  # a run that is not there is said before a large file is read
+        if jobfile.can_be_read_twice(path):
+            _check(path, silent=as_json)
         seeded = _seed(rt, run, path, skip_existing, as_json)
     if as_json:
         echo_json(vars(seeded))
@@ -116,6 +115,14 @@ def seed(run: str, path: str, skip_existing: bool, as_json: bool) -> None:
     click.echo(f"added {plural(seeded.added, 'job')} to run {seeded.run}{skipped}")
     if not seeded.published:
         echo_warning("the broker does not answer: the jobs are safe, and workers publish them when it does")
+
+
+def _check(path: str, *, silent: bool) -> None:
+    with reading(f"checking {path}", Path(path).stat().st_size, silent=silent) as show:
+        try:
+            jobfile.check(path, show)
+        except BadJobLineError as exc:
+            raise BadJobLineError(exc.message, hint="nothing of the file was added") from exc
 
 
 def _seed(rt: Runtime, run: str, path: str, skip_existing: bool, as_json: bool) -> Seeded:
@@ -291,7 +298,9 @@ def cancel(run: str, yes: bool, as_json: bool) -> None:
         question = f"cancel run {found.run} with {plural(open_jobs, 'job')} that are not done?"
         if not (yes or as_json) and sys.stdin.isatty() and not click.confirm(question, err=True):
             raise RefusedError("nothing was cancelled")
-        moved = do(rt, found.run)
+        do(rt, found.run)
+        # The sweep of a worker moves jobs, too: count all that became cancelled, not only those that we moved.
+        moved = ask(rt, found.run, queues=False).states["cancelled"] - found.states["cancelled"]
     if as_json:
         echo_json({"run": found.run, "cancelled": moved})
     else:

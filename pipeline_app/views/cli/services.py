@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline_app.errors import UnreachableError
-from pipeline_app.views.cli.common import Command, json_option
+from pipeline_app.views.cli.common import Command, interrupted_once, json_option, undisturbed
 from pipeline_app.views.cli.render import echo_json, echo_table
 
 #: Ports of the default addresses: RabbitMQ's and MongoDB's.
@@ -108,7 +108,8 @@ def up(as_json: bool) -> None:
     broker, too. They live in .pipeline/, and every other command finds them. Nothing is started if AMQP_URL or
     MONGODB_URL is set, or if services answer at the default addresses.
     """
-    found = provide(lambda text: click.echo(text, err=True))
+    with interrupted_once():
+        found = provide(lambda text: click.echo(text, err=True))
     if as_json:
         echo_json(vars(found))
         return
@@ -136,7 +137,9 @@ def down(as_json: bool) -> None:
     """
     from pipeline_app.local import services as local
 
-    stopped = local.down(lambda text: click.echo(text, err=True))
+    # What it began it ends: half of the services stopped is of no use to anybody.
+    with undisturbed():
+        stopped = local.down(lambda text: click.echo(text, err=True))
     if as_json:
         echo_json({"stopped": stopped})
     else:
