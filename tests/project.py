@@ -136,18 +136,20 @@ class Project:
         self.json("run", "seed", run, "--jobs", "-", input=lines)
 
     @contextmanager
-    def worker(self, *arguments: str, pool: str = "threads", concurrency: int = 2) -> Iterator[Worker]:
+    def worker(
+        self, *arguments: str, pool: str = "threads", concurrency: int = 2, env: Mapping[str, str] | None = None
+    ) -> Iterator[Worker]:
         """A worker from when it consumes until it was told to stop."""
-        worker = Worker(self, arguments, pool, concurrency)
+        worker = Worker(self, arguments, pool, concurrency, env)
         try:
             worker.wait_ready()
             yield worker
         finally:
             worker.stop()
 
-    def runtime(self, *pipelines: Pipeline) -> Runtime:
-        """A runtime in this process, for tests that call the framework's functions."""
-        settings = Settings(amqp_url=self.amqp_url, mongodb_url=self.mongodb_url)
+    def runtime(self, *pipelines: Pipeline, **changed: Any) -> Runtime:
+        """A runtime in this process, for tests that call the framework's functions; `changed` are settings."""
+        settings = Settings(**{"amqp_url": self.amqp_url, "mongodb_url": self.mongodb_url, **changed})
         table = {pipeline.name: pipeline for pipeline in pipelines}
         app: Celery = make_celery(settings, table, lambda: None)  # type: ignore[arg-type, return-value]
         rt = build(settings, app, table)
@@ -170,14 +172,21 @@ class Project:
 class Worker:
     """A `celery -A pipeline_app worker` process."""
 
-    def __init__(self, project: Project, arguments: tuple[str, ...], pool: str, concurrency: int) -> None:
+    def __init__(
+        self,
+        project: Project,
+        arguments: tuple[str, ...],
+        pool: str,
+        concurrency: int,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = project.folder / f"worker-{time.monotonic_ns()}.log"
         self._out = self.log.open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "pipeline_app", "worker", "-P", pool, "-c", str(concurrency),
              "-n", f"{self.log.stem}@%h", "--without-mingle", "--without-gossip", "-l", "INFO", *arguments],
             cwd=project.folder,
-            env=project.env,
+            env={**project.env, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=subprocess.STDOUT,

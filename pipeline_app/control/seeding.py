@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.control import paging
+from pipeline_app.control.paging import PAGE
 from pipeline_app.control.publishing import publish_or_leave
-from pipeline_app.domain.job import JobLine, as_job_line, job_key
+from pipeline_app.domain.job import JobLine, job_key
 from pipeline_app.domain.partition import partition_key, queue_name, target_tags
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
@@ -35,9 +37,7 @@ from pipeline_app.store.workers import LEASE_S, RENEW_S
 
 logger = logging.getLogger(__name__)
 
-#: Jobs in one transaction.
-PAGE = 1000
-#: And bytes of their payloads, roughly.
+#: Bytes of the payloads in one transaction, roughly; beside it, a page bounds the number of jobs.
 PAGE_BYTES = 16 * 1024 * 1024
 
 Progress = Callable[[int], None]
@@ -82,7 +82,7 @@ def seed(
     batch = _Batch(rt, RunPlan.of(manifest), whole=whole, skip_existing=skip_existing)
     with batch.leased():
         try:
-            for page in _pages(_numbered(lines)):
+            for page in paging.full(lines) if whole else paging.as_they_come(lines):
                 batch.add(page)
                 progress(batch.added)
         except BaseException as exc:
@@ -95,16 +95,6 @@ def seed(
     return Seeded(
         run=batch.plan.run, batch=batch.id, added=batch.added, skipped=batch.skipped, published=batch.published
     )
-
-
-def _numbered(lines: Iterable[JobLine | Mapping[str, Any]]) -> Iterator[JobLine]:
-    for number, line in enumerate(lines, start=1):
-        yield as_job_line(line, number)
-
-
-def _pages(lines: Iterator[JobLine]) -> Iterator[list[JobLine]]:
-    while page := list(itertools.islice(lines, PAGE)):
-        yield page
 
 
 class _Batch:
@@ -146,7 +136,9 @@ class _Batch:
         """One transaction (or a few, if payloads are large): jobs, their messages, counters and an event."""
         if self.skip_existing:
             there = jobs.existing(self.rt.store, [job_key(self.plan.run, line.job_id) for line in lines])
-            fresh = [line for line in lines if job_key(self.plan.run, line.job_id) not in there]
+            first = {line.job_id: line for line in reversed(lines)}
+            fresh = [line for key, line in first.items() if job_key(self.plan.run, key) not in there]
+            fresh.reverse()
             self.skipped += len(lines) - len(fresh)
             lines = fresh
         self._refuse_doubles(lines)

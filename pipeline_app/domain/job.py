@@ -139,7 +139,7 @@ def first_error(exc: ValidationError) -> str:
     """The first thing wrong, in one line."""
     first = exc.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    what = str(first["msg"]).removeprefix("Value error, ")
+    what = str(first["msg"]).removeprefix("Value error, ").replace(" at line 1 column ", " at column ")
     return (f"{where}: {what}" if where else what).encode("utf-8", "replace").decode()
 
 

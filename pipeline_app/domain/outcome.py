@@ -6,6 +6,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from types import TracebackType
 from typing import Any
 
 from pipeline_app.domain.states import DeadKind
@@ -53,7 +54,7 @@ class ErrorRecord:
     @classmethod
     def of(cls, exc: BaseException) -> ErrorRecord:
         """The record of `exc`; its traceback starts below the framework's own frames."""
-        text = "".join(traceback.format_exception(exc))
+        text = "".join(traceback.format_exception(type(exc), exc, _below_framework(exc.__traceback__)))
         if len(text) > MAX_TRACEBACK:
             text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
         return cls(type=_type_name(exc), message=_clean(_message(exc))[:MAX_ERROR_TEXT], traceback=_clean(text))
@@ -80,6 +81,13 @@ class Outcome:
     due_at: datetime | None = None
     started_at: datetime | None = None
     duration_s: float = 0.0
+
+
+def _below_framework(frames: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback that begins where the framework called somebody else's code."""
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith("pipeline_app."):
+        frames = frames.tb_next
+    return frames
 
 
 def _type_name(exc: BaseException) -> str:

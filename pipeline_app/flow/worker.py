@@ -205,10 +205,14 @@ class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
     """Celery's consumer, without what does not fit, and keeping what it would drop."""
 
     class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
-        """Celery's steps without delayed delivery: it warns of our exchange, and nothing waits in the broker."""
+        """Celery's steps without two of them.
+
+        Delayed delivery warns of our exchange, and nothing waits in the broker. Gossip tells every worker of every
+        other's heartbeats, which the store knows better; under gevent it kept workers from stopping.
+        """
 
         default_steps: ClassVar[list[str]] = [
-            step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
+            step for step in Consumer.Blueprint.default_steps if not step.endswith((":DelayedDelivery", ":Gossip"))
         ]
 
     def on_decode_error(self, message: Any, exc: BaseException) -> None:

@@ -43,13 +43,22 @@ def by_ids(store: Store, ids: Sequence[str]) -> dict[str, Document]:
 
 
 def of_run(store: Store, run: str, *, stage: str | None, limit: int) -> list[Document]:
-    """The last `limit` attempts of a run, oldest first."""
-    query: Document = {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}}
+    """The last `limit` attempts of a run, oldest first.
+
+    Found by way of the event log, whose end is cheap to read however long the run: an index on attempts for it would
+    cost every record something.
+    """
+    query: Document = {"run": run, "event": {"$in": ["recorded", "lost"]}}
     if stage is not None:
         query["stage"] = stage
+    ids: list[str] = []
     with translated(store):
-        rows = list(store.db.job_attempts.find(query).sort([("started_at", -1), ("_id", -1)]).limit(limit))
-    return rows[::-1]
+        for row in store.db.pipeline_events.find(query).sort("_id", -1).limit(limit):
+            ids.extend(attempt_id(run, job, row["stage"], row["message"]) for job in row["jobs"])
+            if len(ids) >= limit:
+                break
+    rows = list(by_ids(store, ids).values())
+    return sorted(rows, key=lambda row: (row["started_at"], row["_id"]))[-limit:]
 
 
 def recorded_twice(store: Store, run: str, session: Session | None = None) -> Iterator[Document]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+import pymongo
 from bson.codec_options import CodecOptions
 from pymongo import MongoClient
 from pymongo.client_session import ClientSession
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 #: Every operation ends within this, answered or not.
 CALL_TIMEOUT_S = 10.0
-#: How long the driver looks for a primary before it says that there is none.
+#: The first contact ends within this: nobody waits longer to hear that there is no store.
 SELECT_TIMEOUT_S = 3.0
 #: A transaction that keeps meeting others is given up after this, and its caller decides. The transaction of a process
 #: that was killed stands for a minute before MongoDB ends it; `end_transactions` ends it at once.
@@ -48,6 +49,8 @@ APP_NAME = "pipeline_app"
 
 _DURABLE = WriteConcern("majority", j=True)
 _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
+#: Codes of the server that mean "not you": not authorised, not authenticated.
+_REFUSED_CODES = {13, 18}
 #: Codes of the server that mean "not now": stepping down, shutting down, out of time.
 _AWAY_CODES = {6, 7, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
 
@@ -87,7 +90,7 @@ class Store:
 
         Raises StoreError; UsageError for a standalone server.
         """
-        with translated(self):
+        with translated(self), pymongo.timeout(SELECT_TIMEOUT_S):
             before = datetime.now(UTC)
             hello = self._client.admin.command("hello")
             after = datetime.now(UTC)
@@ -185,6 +188,11 @@ def translated(store: Store) -> Iterator[None]:
     try:
         yield
     except PyMongoError as exc:
+        if isinstance(exc, OperationFailure) and exc.code in _REFUSED_CODES:
+            raise StoreError(
+                f"MongoDB at {store.address} refuses us: {_brief(exc)}",
+                hint="check the user and password in MONGODB_URL",
+            ) from exc
         if is_away(exc):
             raise StoreError(
                 f"MongoDB at {store.address} does not answer: {_brief(exc)}",

@@ -131,14 +131,15 @@ def stream(
 
 
 def dead_letters(store: Store, run: str, *, stage: str | None, job_id: str | None, limit: int) -> list[Document]:
-    """Dead-lettered jobs of a run, the longest dead first."""
+    """The last `limit` dead-lettered jobs of a run, the longest dead first."""
     query: Document = {"run": run, "state": JobState.DEAD_LETTERED}
     if stage is not None:
         query["stage"] = stage
     if job_id is not None:
         query["_id"] = job_key(run, job_id)
     with translated(store):
-        return list(store.db.job_states.find(query, {"payload": 0}).sort([("updated_at", 1), ("_id", 1)]).limit(limit))
+        rows = store.db.job_states.find(query, {"payload": 0}).sort([("updated_at", -1), ("_id", -1)]).limit(limit)
+        return list(rows)[::-1]
 
 
 def count_by_state(store: Store, run: str, session: Session | None = None) -> dict[tuple[str, str], int]:

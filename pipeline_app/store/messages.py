@@ -180,7 +180,7 @@ def open_of_batch(store: Store, batch: str) -> Iterator[Document]:
     """Messages of a seed batch that are open and unpublished, oldest first."""
     query = {"batch": batch, "state": MessageState.OPEN, "published_at": None}
     with translated(store):
-        yield from store.db.messages.find(query).sort("_id", 1)
+        yield from store.db.messages.find(query).sort("_id", 1).batch_size(200)
 
 
 def delete_batch(store: Store, batch: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
-from pymongo.errors import CollectionInvalid
+from pymongo.errors import CollectionInvalid, OperationFailure
 
-from pipeline_app.domain.states import MessageState
+from pipeline_app.domain.states import JobState, MessageState
 from pipeline_app.errors import RefusedError
 from pipeline_app.store.client import Store, translated
 
 #: Layout of the documents. A change that older code cannot read raises it.
 VERSION = 1
+
+#: Code of the server's answer to making a collection that is there.
+NAMESPACE_EXISTS = 48
 
 #: How long a closed message is kept: after that a late duplicate finds nothing, and is dropped all the same.
 CLOSED_MESSAGES_S = 24 * 3600
@@ -33,6 +35,8 @@ INDEXES: dict[str, list[IndexModel]] = {
         _index("run", "state", "stage", "_id", name="run_state"),
         # What the sweep looks for: only jobs that wait for a time have due_at.
         _index("due_at", name="due", partialFilterExpression={"due_at": {"$exists": True}}),
+        # Dead letters in the order of their deaths; nothing else is in it.
+        _index("run", "updated_at", "_id", name="dead", partialFilterExpression={"state": JobState.DEAD_LETTERED}),
     ],
     "messages": [
         # Unpublished and forgotten hints of a queue.
@@ -82,6 +86,15 @@ def ensure(store: Store) -> None:
         # A transaction should never be the first to touch a collection.
         existing = set(store.db.list_collection_names())
         for name in INDEXES.keys() - existing:
-            with suppress(CollectionInvalid):  # another process was faster
-                store.db.create_collection(name)
+            _create(store, name)
         store.db.schema.update_one({"_id": "layout"}, {"$set": {"version": VERSION}}, upsert=True)
+
+
+def _create(store: Store, name: str) -> None:
+    try:
+        store.db.create_collection(name)
+    except CollectionInvalid:  # another process was faster
+        pass
+    except OperationFailure as exc:  # and here it was faster by less than a round trip
+        if exc.code != NAMESPACE_EXISTS:
+            raise

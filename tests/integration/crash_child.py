@@ -1,0 +1,107 @@
+"""Processes that test_crash_points.py kills: each does one step of the protocol, and dies in the middle of it.
+
+They come from a nursery, a process in which everything is imported once: for each line on its standard input it forks a
+child that takes the step named there, and prints the child's pid and how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pipeline_app import Pipeline, Stage
+from pipeline_app.application import make_celery
+from pipeline_app.control import cancelling, seeding, sweep
+from pipeline_app.domain.hint import Hint
+from pipeline_app.errors import DuplicateJobError
+from pipeline_app.flow.consume import Flow
+from pipeline_app.runtime import Runtime, build
+from pipeline_app.settings import Settings
+
+
+def first(n: int) -> int:
+    return n + 1
+
+
+def second(n: int) -> dict[str, int]:
+    return {"n": n}
+
+
+#: Takes the results of the last stage; nobody runs it, the test reads its queue.
+NOTIFY: dict[str, Any] = {"task": "notify", "args": [], "kwargs": {}, "options": {}}
+
+PIPELINE = Pipeline("crash", [Stage(first, chunk=3), Stage(second, chunk=2)], partition_by=["kind"], then=[NOTIFY])
+
+
+def lines(run: str) -> list[dict[str, Any]]:
+    """Five jobs in two partitions, one of them delayed."""
+    return [
+        {"job_id": f"{run}-{n}", "payload": n, "tags": {"kind": "ab"[n % 2]}, "delay_s": 60 if n == 4 else 0}
+        for n in range(5)
+    ]
+
+
+def runtime(amqp_url: str, mongodb_url: str) -> Runtime:
+    """A runtime that knows PIPELINE."""
+    settings = Settings(amqp_url=amqp_url, mongodb_url=mongodb_url)
+    table = {PIPELINE.name: PIPELINE}
+    return build(settings, make_celery(settings, table, no_flow), table)
+
+
+def no_flow() -> Flow:
+    raise AssertionError("no Celery worker here")
+
+
+def seed(rt: Runtime, run: str, _: str) -> None:
+    seeding.seed(rt, run, lines(run))
+
+
+def seed_whole(rt: Runtime, run: str, _: str) -> None:
+    seeding.seed(rt, run, lines(run), whole=True)
+
+
+def take_back(rt: Runtime, run: str, _: str) -> None:
+    """A whole batch whose last job is in the run already."""
+    more = [{"job_id": f"{run}-{n}", "payload": n} for n in (11, 12, 0)]
+    # A page each, so that there is something to be taken back.
+    seeding.PAGE = 2
+    with contextlib.suppress(DuplicateJobError):
+        seeding.seed(rt, run, more, whole=True)
+
+
+def handle(rt: Runtime, run: str, hint: str) -> None:
+    flow = Flow(rt, lambda: False)
+    flow.run(Hint(**json.loads(hint)))
+    flow.notes.flush()
+
+
+def cancel(rt: Runtime, run: str, _: str) -> None:
+    cancelling.cancel(rt, run)
+
+
+def one_round(rt: Runtime, run: str, _: str) -> None:
+    """Every duty of the sweep, as its leader does them."""
+    sweep.end_leases(rt)
+    sweep.Sweep(lambda: rt).round(rt)
+
+
+STEPS: dict[str, Callable[[Runtime, str, str], None]] = {
+    step.__name__: step for step in (seed, seed_whole, take_back, handle, cancel, one_round)
+}
+
+
+def nursery() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            rt = runtime(order["amqp_url"], order["mongodb_url"])
+            STEPS[order["step"]](rt, order["run"], order["detail"])
+            os._exit(0)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)

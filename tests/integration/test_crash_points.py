@@ -1,0 +1,230 @@
+"""A process is killed at every write that a step of the protocol makes: right before it, and right after it.
+
+The store's commands go through a proxy that kills their sender, so that no gap between two writes is left out; whoever
+adds a write adds a gap that is tested. docs/crash-points.md says what brings the jobs on in each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from pipeline_app.application import prepare
+from pipeline_app.control import runs, seeding, sweep
+from pipeline_app.control.results import results
+from pipeline_app.domain.states import JobState
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import manifests, messages
+from pipeline_app.store.client import APP_NAME
+from tests.integration import crash_child
+from tests.integration.helpers import backdate, by_state, hints, in_broker, prove, pump
+from tests.integration.proxy import WRITES, MongoProxy, When
+from tests.project import REPOSITORY, Project
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class Nursery:
+    """Lets a child take a step, and kills it at one of its writes."""
+
+    def __init__(self, project: Project, proxy: MongoProxy) -> None:
+        self._urls = {"amqp_url": project.amqp_url, "mongodb_url": proxy.address(project.mongodb_url)}
+        self._proxy = proxy
+        self._process = subprocess.Popen(
+            # Imported, not run as a program: handlers in __main__ would make another definition.
+            [sys.executable, "-c", "from tests.integration import crash_child; crash_child.nursery()"],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def killed_at(self, number: int, when: When, step: str, run: str, detail: str) -> tuple[bool, set[str]]:
+        """Whether the child was killed, which it is not if it makes fewer writes; and the names of its processes."""
+        assert self._process.stdin is not None
+        left = [number]
+        born: Future[int] = Future()
+
+        def hook(now: When, command: dict[str, Any]) -> bool:
+            if now != when or not WRITES & command.keys():
+                return False
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(born.result(), signal.SIGKILL)
+            return left[0] <= 0
+
+        self._proxy.clients.clear()
+        self._proxy.hook = hook
+        order = {"step": step, "run": run, "detail": detail, **self._urls}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        born.set_result(int(self._answer()))
+        status = int(self._answer())
+        assert status in (0, -signal.SIGKILL)
+        return status != 0, {name.removeprefix(APP_NAME).strip() for name in self._proxy.clients}
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+@pytest.fixture
+def nursery(project: Project, mongo_proxy: MongoProxy) -> Iterator[Nursery]:
+    made = Nursery(project, mongo_proxy)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def rt(project: Project) -> Runtime:
+    """The runtime of those who live on."""
+    made = project.runtime(crash_child.PIPELINE)
+    prepare(made)
+    return made
+
+
+def each_gap(nursery: Nursery, rt: Runtime, step: str, arrange: Callable[[str], str]) -> Iterator[str]:
+    """Runs in which the step died, at one gap after the other; those who live on have done their duty in each."""
+    for when in ("before", "after"):
+        for number in itertools.count(1):
+            run = f"{step}-{when}-{number}"
+            runs.create_run(rt, run, crash_child.PIPELINE)
+            killed, processes = nursery.killed_at(number, when, step, run, arrange(run))
+            live_on(rt, processes)
+            yield run
+            if not killed:
+                assert number > 3, "it should make some writes"
+                break
+
+
+def live_on(rt: Runtime, dead: set[str]) -> None:
+    """What the sweep does once every time is over."""
+    for process in dead:
+        # MongoDB would do that itself within a minute; whoever takes over a message does it at once.
+        rt.store.end_transactions(process)
+    backdate(rt, "seed_batches", 3600, "lease_until")
+    backdate(rt, "messages", 3600, "check_at")
+    backdate(rt, "run_counters", 3600, "at")
+    sweep.end_leases(rt)
+    sweep.Sweep(lambda: rt).round(rt)
+
+
+def finish(rt: Runtime, run: str) -> None:
+    """All jobs are through, with the results that they should have, and the user's task was told of each."""
+    pump(rt)
+    backdate(rt, "job_states", 3600, "due_at", run=run)
+    sweep.release_due(rt)
+    pump(rt)
+    prove(rt, run, terminal=5)
+    want = {f"{run}-{n}": {"n": n + 1} for n in range(5)}
+    assert {row["job_id"]: row["result"] for row in results(rt, run)} == want
+    told = {row["job_id"]: row["result"] for (rows,) in in_broker(rt, "celery") for row in rows}
+    assert told == want
+
+
+def test_seeding_a_stream(nursery: Nursery, rt: Runtime) -> None:
+    """Given a seeder that is killed, when the same jobs are seeded again, then each is in the run once, and runs."""
+    for run in each_gap(nursery, rt, "seed", lambda run: ""):
+        assert not manifests.batches(rt.store, run, "open", "closing", "removing")
+        seeding.seed(rt, run, crash_child.lines(run), skip_existing=True)
+        assert manifests.batches(rt.store, run) == manifests.batches(rt.store, run, "closed")
+        finish(rt, run)
+
+
+def test_seeding_a_whole_batch(nursery: Nursery, rt: Runtime) -> None:
+    """Given a seeder that is killed, then nothing of its batch runs, unless it was closed, before it is complete."""
+    for run in each_gap(nursery, rt, "seed_whole", lambda run: ""):
+        if manifests.batches(rt.store, run, "interrupted"):
+            pump(rt)
+            assert not set(by_state(rt, run)) - {JobState.PENDING, JobState.WAITING}
+            assert not list(rt.store.db.job_attempts.find({"run": run}))
+        seeding.seed(rt, run, crash_child.lines(run), whole=True, skip_existing=True)
+        finish(rt, run)
+
+
+def test_taking_a_batch_back(nursery: Nursery, rt: Runtime) -> None:
+    """Given a whole batch that is refused, when its seeder is killed over it, then it goes entirely or is resumed."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        return ""
+
+    for run in each_gap(nursery, rt, "take_back", arrange):
+        left = rt.store.db.job_states.count_documents({"run": run}) - 5
+        # Interrupted before it found the duplicate it is kept for its seeder; afterwards nothing of it is left.
+        assert bool(left) <= bool(manifests.batches(rt.store, run, "interrupted"))
+        assert not manifests.batches(rt.store, run, "open", "closing", "removing")
+        for row in manifests.batches(rt.store, run, "interrupted"):
+            manifests.set_batch(rt.store, row["_id"], "removing", expected=("interrupted",))
+            seeding.remove_batch(rt, run, row["_id"])
+        finish(rt, run)
+
+
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_a_message_in_its_stage(nursery: Nursery, rt: Runtime, stage: str) -> None:
+    """Given a worker that is killed between claim and acknowledgement, then its jobs go on, recorded once."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        if stage == "second":
+            take_away(rt)
+            for hint in hints(rt, run):
+                crash_child.handle(rt, run, json.dumps(vars(hint)))
+        # The hint that the dead worker had taken; RabbitMQ would deliver it again.
+        return json.dumps(vars(hints(rt, run, stage=stage)[0]))
+
+    for run in each_gap(nursery, rt, "handle", arrange):
+        finish(rt, run)
+
+
+def take_away(rt: Runtime) -> None:
+    """Take all hints out of the broker."""
+    in_broker(rt, *rt.store.db.partitions.distinct("_id"))
+
+
+def test_cancelling_a_run(nursery: Nursery, rt: Runtime) -> None:
+    """Given someone who cancels a run and is killed, then it is cancelled as soon as its flag is written."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        return ""
+
+    for run in each_gap(nursery, rt, "cancel", arrange):
+        if manifests.get(rt.store, run)["cancelled_at"] is None:
+            finish(rt, run)
+            continue
+        pump(rt)
+        prove(rt, run, cancelled=5)
+
+
+def test_a_round_of_the_sweep(nursery: Nursery, rt: Runtime) -> None:
+    """Given a sweep with work in every duty, when its leader is killed, then the next one finishes it."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        first = hints(rt, run)[0].message
+        messages.claim(rt.store, [first], worker="gone", process="gone", token="gone/1")
+        backdate(rt, "messages", 3600, "check_at", run=run)
+        backdate(rt, "job_states", 3600, "due_at", run=run)
+        backdate(rt, "run_counters", 3600, "at", run=run)
+        rt.store.db.messages.update_many({"run": run, "state": "open"}, {"$set": {"published_at": None}})
+        return ""
+
+    for run in each_gap(nursery, rt, "one_round", arrange):
+        finish(rt, run)

@@ -1,0 +1,217 @@
+"""MongoDB as the framework needs it: laid out once, a replica set, leases by its own clock, nothing locked for long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from pymongo import MongoClient
+
+from pipeline_app.application import prepare
+from pipeline_app.errors import RefusedError, StoreError, UsageError
+from pipeline_app.local import mongod, processes
+from pipeline_app.runtime import Runtime
+from pipeline_app.store import schema, workers
+from pipeline_app.store.client import Document, Store
+from tests.integration.helpers import backdate, in_threads
+from tests.project import REPOSITORY, Project
+
+
+@pytest.fixture
+def rt(project: Project) -> Runtime:
+    made = project.runtime()
+    prepare(made)
+    return made
+
+
+def indexes(store: Store) -> dict[str, Document]:
+    return {name: dict(store.db[name].index_information()) for name in store.db.list_collection_names()}
+
+
+def test_laying_out_again_changes_nothing(rt: Runtime) -> None:
+    """Given a store that is laid out, when it is done again, then collections and indexes are the same."""
+    before = indexes(rt.store)
+
+    schema.ensure(rt.store)
+
+    assert indexes(rt.store) == before
+    assert set(before) == {*schema.INDEXES, "schema"}
+    assert {"run_state", "due"} <= before["job_states"].keys()
+
+
+def test_several_processes_lay_out_at_once(project: Project) -> None:
+    """Given an empty store, when four come first at the same time, then it is laid out and none of them fails."""
+    stores = [project.runtime().store for _ in range(4)]
+
+    in_threads(*[lambda store=store: schema.ensure(store) for store in stores])
+
+    assert set(indexes(stores[0])) == {*schema.INDEXES, "schema"}
+
+
+def test_data_of_newer_code_is_refused(rt: Runtime) -> None:
+    """Given data that newer code laid out, when this code comes, then it refuses and says what to do."""
+    rt.store.db.schema.update_one({"_id": "layout"}, {"$set": {"version": schema.VERSION + 1}})
+
+    with pytest.raises(RefusedError, match=f"layout {schema.VERSION + 1}, this code knows {schema.VERSION}") as refused:
+        schema.ensure(rt.store)
+
+    assert refused.value.hint == "update pipeline-app here, too"
+
+
+@pytest.fixture
+def standalone(tmp_path: Path) -> Iterator[str]:
+    """A mongod without a replica set."""
+    data = tmp_path / "standalone"
+    data.mkdir()
+    port = processes.free_port(None)
+    process = subprocess.Popen(
+        [mongod.find_binary(tmp_path), "--dbpath", data, "--port", str(port), "--bind_ip", "127.0.0.1",
+         "--nounixsocket", "--quiet"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"mongodb://127.0.0.1:{port}/pipeline_app"
+    try:
+        with MongoClient[Document](url, serverSelectionTimeoutMS=20_000) as client:
+            client.admin.command("ping")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_standalone_server_is_refused(standalone: str, project: Project) -> None:
+    """Given a mongod that is no replica set, when it is to be the store, then the command that mends it is named."""
+    rt = project.runtime(mongodb_url=standalone)
+
+    with pytest.raises(UsageError, match="standalone server") as refused:
+        prepare(rt)
+
+    assert "--replSet" in str(refused.value.hint)
+    assert "rs.initiate()" in str(refused.value.hint)
+
+
+def test_a_store_that_does_not_answer(project: Project) -> None:
+    """Given nobody listens at the address, then that is said within seconds, and without the password."""
+    port = processes.free_port(None)
+    rt = project.runtime(mongodb_url=f"mongodb://user:very-secret@127.0.0.1:{port}/x")
+    begin = time.monotonic()
+
+    with pytest.raises(
+        StoreError, match=rf"MongoDB at mongodb://user:\*\*\*@127.0.0.1:{port}/x does not answer"
+    ) as away:
+        prepare(rt)
+
+    assert time.monotonic() - begin < 6
+    assert "very-secret" not in f"{away.value}{away.value.hint}{away.value.__cause__}"
+
+
+class FastClock(Store):
+    """A store as a machine sees it whose clock is an hour ahead."""
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(hours=1)
+
+
+def test_leases_end_by_the_clock_of_the_store(project: Project, rt: Runtime) -> None:
+    """Given a machine whose clock is wrong, when it holds a lease, then that ends by MongoDB's clock."""
+    wrong = FastClock(project.mongodb_url)
+    workers.register(wrong, "w", {"ended_at": None})
+
+    alive, expired = workers.alive(rt.store), workers.expired(wrong)
+    server_now = rt.store.db.command("hello")["localTime"].replace(tzinfo=UTC)
+    wrong.close()
+
+    assert ([row["_id"] for row in alive], expired) == (["w"], [])
+    assert timedelta() < alive[0]["lease_until"] - server_now <= timedelta(seconds=workers.LEASE_S)
+
+
+def test_a_lease_that_ended_is_not_renewed_behind_the_back_of_the_sweep(rt: Runtime) -> None:
+    """Given a worker whose lease ran out, when the sweep closed its record, then it cannot renew; before, it can."""
+    workers.register(rt.store, "w", {"ended_at": None})
+    backdate(rt, "workers", 60, "lease_until")
+    assert [row["_id"] for row in workers.expired(rt.store)] == ["w"]
+
+    assert workers.renew(rt.store, "w", {})  # it was only slow
+    assert not workers.end_stale(rt.store, "w")
+    assert [row["_id"] for row in workers.alive(rt.store)] == ["w"]
+
+    backdate(rt, "workers", 60, "lease_until")
+    assert workers.end_stale(rt.store, "w")
+    assert not workers.renew(rt.store, "w", {})
+    assert not workers.end_stale(rt.store, "w")
+    assert (workers.alive(rt.store), workers.expired(rt.store)) == ([], [])
+
+
+def test_one_leads_at_a_time(rt: Runtime) -> None:
+    """Given two that want to lead, then one does and keeps it; the other follows when its lease ends or is given up."""
+    assert workers.lead(rt.store, "sweep", "a", 10)
+    assert not workers.lead(rt.store, "sweep", "b", 10)
+    assert workers.lead(rt.store, "sweep", "a", 10)
+
+    backdate(rt, "leases", 60, "until")
+    assert workers.lead(rt.store, "sweep", "b", 10)
+    assert not workers.lead(rt.store, "sweep", "a", 10)
+
+    workers.give_up_lead(rt.store, "sweep", "a")  # it does not lead: nothing happens
+    assert not workers.lead(rt.store, "sweep", "a", 10)
+    workers.give_up_lead(rt.store, "sweep", "b")
+    assert workers.lead(rt.store, "sweep", "a", 10)
+
+
+def test_many_want_to_lead_at_once(rt: Runtime) -> None:
+    """Given nobody leads, when eight ask at the same time, then exactly one does."""
+    leaders: list[str] = []
+
+    def ask(name: str) -> None:
+        if workers.lead(rt.store, "sweep", name, 10):
+            leaders.append(name)
+
+    in_threads(*[lambda name=name: ask(name) for name in "abcdefgh"])
+
+    assert len(leaders) == 1
+    assert workers.lead(rt.store, "sweep", leaders[0], 10)
+
+
+HOLDS_A_DOCUMENT = """
+import sys
+from pipeline_app.store.client import Store
+
+store = Store(sys.argv[1], process="victim")
+with store.session() as session:
+    session.start_transaction()
+    store.db.job_states.update_one({"_id": "r/1"}, {"$set": {"n": 1}}, session=session)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_documents_that_a_killed_process_had_locked_are_freed(project: Project, rt: Runtime) -> None:
+    """Given a process that was killed in its transaction, when that is ended, then its documents can be written."""
+    rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_DOCUMENT, project.mongodb_url],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as victim:
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "locked\n"
+        os.kill(victim.pid, signal.SIGKILL)
+    begin = time.monotonic()
+
+    assert rt.store.end_transactions("somebody else") == 0
+    assert rt.store.end_transactions("victim") == 1
+
+    rt.store.transaction(
+        lambda session: rt.store.db.job_states.update_one({"_id": "r/1"}, {"$inc": {"n": 10}}, session=session)
+    )
+    assert time.monotonic() - begin < 5
+    assert rt.store.db.job_states.find_one() == {"_id": "r/1", "n": 10}
