@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.plan import RunPlan
+from pipeline_app.errors import StoreError
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, messages, outputs
 from pipeline_app.store.client import Document
@@ -30,30 +31,66 @@ class Work:
     inputs: dict[str, Any]
 
 
-def claim(rt: Runtime, message_ids: Sequence[str]) -> list[Work | None]:
-    """The work behind each message; None if it is not open: done, cancelled, or running elsewhere.
+class Claims:
+    """The claims of one process. They come one after the other: it is the work of a Group.
 
-    Raises StoreError; then some may be claimed, and the sweep gives them back if nobody asks again.
+    A claim whose answer was lost may have happened. Nobody takes it away from a worker that lives, so it must be known
+    again when it is asked for again.
     """
-    token = rt.token()
-    rows = messages.claim(rt.store, message_ids, worker=rt.incarnation(), process=rt.process, token=token)
-    claimed = {row["_id"]: row for row in rows}
+
+    def __init__(self, rt: Runtime) -> None:
+        self._rt = rt
+        #: Message -> tokens that it may be claimed with, for all that is known.
+        self._doubtful: dict[str, list[str]] = {}
+
+    def __call__(self, message_ids: Sequence[str]) -> list[Work | None]:
+        """The work behind each message; None if it is not open: done, cancelled, or running elsewhere.
+
+        Raises StoreError; then ask again until it is known.
+        """
+        token = self._rt.token()
+        doubtful = {message: self._doubtful[message] for message in message_ids if message in self._doubtful}
+        try:
+            works = claim(self._rt, message_ids, token, doubtful)
+        except StoreError:
+            for message in message_ids:
+                self._doubtful.setdefault(message, []).append(token)
+            raise
+        for message in doubtful:
+            del self._doubtful[message]
+        return works
+
+
+def claim(
+    rt: Runtime, message_ids: Sequence[str], token: str, doubtful: Mapping[str, Sequence[str]] | None = None
+) -> list[Work | None]:
+    """The work behind each message, claimed with `token`, or before with one of its `doubtful` ones; or None.
+
+    Raises StoreError; then some may be claimed.
+    """
+    tokens = {message: {token, *(doubtful or {}).get(message, ())} for message in message_ids}
+    rows = messages.claim(
+        rt.store,
+        message_ids,
+        worker=rt.incarnation(),
+        process=rt.process,
+        token=token,
+        doubtful=set().union(*tokens.values()),
+    )
+    claimed = {row["_id"]: row for row in rows if row["token"] in tokens[row["_id"]]}
     found = jobs.for_claim(rt.store, [job_key(row["run"], job) for row in claimed.values() for job in row["jobs"]])
     wanted = [
         f"{key}/{job['input']}" for key, job in found.items() if job["input"] and job["message"] in claimed
     ]
     values = outputs.read(rt.store, wanted) if wanted else {}
+    # Taken out one by one: of two deliveries of one message that came together, one has it.
+    taken = [claimed.pop(message, None) for message in message_ids]
     return [
-        _work(rt.memory.need_plan(claimed[message]["run"]), claimed[message], token, found, values)
-        if message in claimed
-        else None
-        for message in message_ids
+        None if row is None else _work(rt.memory.need_plan(row["run"]), row, found, values) for row in taken
     ]
 
 
-def _work(
-    plan: RunPlan, row: Document, token: str, found: dict[str, Document], values: dict[str, Any]
-) -> Work:
+def _work(plan: RunPlan, row: Document, found: dict[str, Document], values: dict[str, Any]) -> Work:
     keys = {job: job_key(plan.run, job) for job in row["jobs"]}
     present = {job: found[key] for job, key in keys.items() if key in found}
     return Work(
@@ -61,7 +98,7 @@ def _work(
         stage=row["stage"],
         partition=row["partition"],
         message=row["_id"],
-        token=token,
+        token=row["token"],
         job_ids=row["jobs"],
         jobs=present,
         inputs={

@@ -5,8 +5,7 @@ raised later, or in a signal receiver, is too late or goes unheard. Messages end
 
     recorded, or not ours to run any more       returns         acknowledged
     every job of it failed                      ChunkFailed     acknowledged; Flower shows the traceback
-    the store is away before the claim,
-    or the worker stops                         Reject(requeue) back into the queue
+    the worker stops before the claim           Reject(requeue) back into the queue
     not understood                              returns         acknowledged after it was parked
     the child died                              StageRequest    back into the queue; its claim is given back
 """
@@ -19,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from celery import Task
 from celery.exceptions import Reject, TimeLimitExceeded, WorkerLostError
@@ -40,8 +39,8 @@ from pipeline_app.store.client import Document
 
 logger = logging.getLogger(__name__)
 
-#: How long a message that is not claimed yet waits for the store inside its slot before it goes back.
-CLAIM_PATIENCE_S = 60.0
+Answer = TypeVar("Answer")
+
 #: Pauses between two tries while the store is away: doubled up to the second.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 
@@ -60,7 +59,7 @@ class Flow:
         self._slots = threading.Semaphore(slots) if slots else nullcontext()
         self.notes = Notes(rt)
         self._stopping = when_stopping
-        self._claims: Group[str, claim.Work | None] = Group(lambda ids: claim.claim(rt, ids))
+        self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
         self._records: Group[record.Record, list[Document]] = Group(lambda rows: record.record_together(rt, rows))
         self._forwards: Group[list[Document], bool] = Group(self._forward)
 
@@ -95,37 +94,42 @@ class Flow:
 
     def give_up(self, message: str, exc: BaseException) -> None:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
-        claimed = messages.claimed(self.rt.store, _id=message, worker=self.rt.incarnation())
-        for row in claimed:
-            forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc)), self.notes)
+
+        def give_up() -> None:
+            for row in messages.claimed(self.rt.store, _id=message, worker=self.rt.incarnation()):
+                forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc)), self.notes)
+
+        _until_known("giving up", message, give_up)
 
     def _claim(self, message: str) -> claim.Work | None:
-        """The claim, waiting inside the slot while the store is away: nothing spins, and the message is safe."""
-        deadline = time.monotonic() + CLAIM_PATIENCE_S
-        pause = FIRST_PAUSE_S
-        while True:
+        """The claim, waiting inside the slot while the store is away: nothing spins, and the message is safe.
+
+        It may have happened although the answer got lost: then only this process can go on with it.
+        """
+
+        def ask() -> claim.Work | None:
             if self._stopping():
                 raise Reject("the worker stops", requeue=True)
-            try:
-                return self._claims.submit(message)
-            except StoreError as exc:
-                if time.monotonic() > deadline:
-                    raise Reject(exc, requeue=True) from exc
-                logger.warning("claim waits: message=%s: %s", message, exc)
-                time.sleep(pause)
-                pause = min(pause * 2, LAST_PAUSE_S)
+            return self._claims.submit(message)
+
+        return _until_known("claim", message, ask)
 
     def _record(self, work: claim.Work, outcomes: Sequence[Outcome], code_version: str) -> list[Document]:
         """The record, tried until it is known: the handlers ran, and only this process knows how that ended."""
         entry = record.Record(work=work, outcomes=outcomes, code_version=code_version)
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                return self._records.submit(entry)
-            except StoreError as exc:
-                logger.warning("record waits: message=%s: %s", work.message, exc)
-                time.sleep(pause)
-                pause = min(pause * 2, LAST_PAUSE_S)
+        return _until_known("record", work.message, lambda: self._records.submit(entry))
+
+
+def _until_known(what: str, message: str, ask: Callable[[], Answer]) -> Answer:
+    """The store's answer, asked for again while it is away."""
+    pause = FIRST_PAUSE_S
+    while True:
+        try:
+            return ask()
+        except StoreError as exc:
+            logger.warning("%s waits: message=%s: %s", what, message, exc)
+            time.sleep(pause)
+            pause = min(pause * 2, LAST_PAUSE_S)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

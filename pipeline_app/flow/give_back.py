@@ -37,7 +37,7 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
         keys = [job_key(plan.run, job) for job in message["jobs"]]
         found = {k: row for k, row in jobs.for_claim(rt.store, keys).items() if row["message"] == message["_id"]}
         now = rt.store.now()
-        whole = Transition(now=now, close=[(message["_id"], message["token"])])
+        whole = Transition(now=now, close=[(message["_id"], message["token"])], given_back=True)
         doomed = [k for k, row in found.items() if lost and row["losses"] + 1 >= stage.losses]
         onward = [row["job"] for key, row in found.items() if key not in doomed]
         fresh = new_messages(plan, stage.name, message["partition"], onward, now, chunk=1 if lost else None)

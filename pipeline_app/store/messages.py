@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from bson import ObjectId
@@ -43,10 +43,13 @@ def document(
     }
 
 
-def claim(store: Store, ids: Sequence[str], *, worker: str, process: str, token: str) -> list[Document]:
+def claim(
+    store: Store, ids: Sequence[str], *, worker: str, process: str, token: str, doubtful: Collection[str] = ()
+) -> list[Document]:
     """Claim those of `ids` that are open; asking again with the same token gives the same answer.
 
-    `worker` is the incarnation whose lease covers the claim, `process` the one that will run it.
+    `worker` is the incarnation whose lease covers the claim, `process` the one that will run it. `doubtful` are tokens
+    that some of them were to be claimed with when the answer got lost: those are given, too.
 
     Raises StoreError, after which some may be claimed.
     """
@@ -63,13 +66,14 @@ def claim(store: Store, ids: Sequence[str], *, worker: str, process: str, token:
                 }
             },
         )
-        return list(store.db.messages.find({"_id": {"$in": list(ids)}, "state": MessageState.CLAIMED, "token": token}))
+        mine = {"_id": {"$in": list(ids)}, "state": MessageState.CLAIMED, "token": {"$in": [token, *doubtful]}}
+        return list(store.db.messages.find(mine))
 
 
 def closed_by(store: Store, ids: Sequence[str], token: str) -> set[str]:
-    """Those of `ids` that were closed under `token`: a record whose outcome was unknown did happen."""
+    """Those of `ids` that were recorded under `token`: a record whose outcome was unknown did happen."""
     with translated(store):
-        query = {"_id": {"$in": list(ids)}, "state": MessageState.CLOSED, "token": token}
+        query = {"_id": {"$in": list(ids)}, "state": MessageState.CLOSED, "token": token, "given_back": False}
         return {row["_id"] for row in store.db.messages.find(query, {"_id": 1})}
 
 

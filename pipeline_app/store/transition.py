@@ -49,6 +49,8 @@ class Transition:
     worker: str = ""
     #: (message, token): claimed by the token, to be closed.
     close: list[tuple[str, str]] = field(default_factory=list)
+    #: They are closed without a record: the token's holder must not take that for its own.
+    given_back: bool = False
     new_jobs: list[Document] = field(default_factory=list)
     moves: list[JobMove] = field(default_factory=list)
     messages: list[Document] = field(default_factory=list)
@@ -133,7 +135,7 @@ def _duplicate(exc: BulkWriteError) -> DuplicateKeyFoundError | None:
 def _close(store: Store, session: Session, plan: Transition) -> None:
     if not plan.close:
         return
-    change = {"$set": {"state": MessageState.CLOSED, "closed_at": plan.now}}
+    change = {"$set": {"state": MessageState.CLOSED, "closed_at": plan.now, "given_back": plan.given_back}}
     result = store.db.messages.bulk_write(
         [
             UpdateOne({"_id": message, "token": token, "state": MessageState.CLAIMED}, change)

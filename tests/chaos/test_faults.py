@@ -131,26 +131,17 @@ def test_workers_killed_at_any_moment(chaos: Project) -> None:
     print(f"\n{KILLS} kills, {JOBS} jobs: none lost, none recorded twice")
 
 
-def stop_mongod(project: Project) -> Callable[[], None]:
+def stop_mongod(project: Project) -> Callable[[], object]:
     """End mongod; the returned function starts it again as it was."""
-    services_file = json.loads((project.services.folder / ".pipeline" / "services.json").read_text())
     port = project.services.mongodb_url.split(":")[2].split("/")[0]
     process = next(p for p in psutil.process_iter(["name", "cmdline"]) if _is_mongod(p, port))
-    command = process.cmdline()
+    command, environment = process.cmdline(), process.environ()
     process.send_signal(signal.SIGTERM)
     process.wait(30)
-    assert services_file["mongodb_url"]
-
-    def again() -> None:
-        environment = process_environment
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-
-    return again
-
-
-process_environment = dict(os.environ)
+    # Its environment is how the services find it again, to stop it at the end.
+    return lambda: subprocess.run(
+        ["setsid", "--fork", *command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True
+    )
 
 
 def _is_mongod(process: psutil.Process, port: str) -> bool:
@@ -158,18 +149,18 @@ def _is_mongod(process: psutil.Process, port: str) -> bool:
     return "mongod" in (process.info["name"] or "") and port in command
 
 
-def restart_rabbitmq(project: Project) -> Callable[[], None]:
+def restart_rabbitmq(project: Project) -> Callable[[], object]:
     """Stop the broker's application; the returned function starts it again."""
     state_dir = project.services.folder / ".pipeline"
     rabbitmq.ctl(state_dir, "stop_app")
-    return lambda: print(rabbitmq.ctl(state_dir, "start_app", timeout_s=60))
+    return lambda: rabbitmq.ctl(state_dir, "start_app", timeout_s=60)
 
 
 @pytest.mark.parametrize(
     ("take_away", "seconds"), [(stop_mongod, 20.0), (restart_rabbitmq, 2.0)], ids=["mongodb", "rabbitmq"]
 )
 def test_service_goes_away_under_load(
-    chaos: Project, take_away: Callable[[Project], Callable[[], None]], seconds: float
+    chaos: Project, take_away: Callable[[Project], Callable[[], object]], seconds: float
 ) -> None:
     """Given a run under way, when a service is gone for a while, then every job is accounted for afterwards."""
     chaos.seed("r", jobs(JOBS))

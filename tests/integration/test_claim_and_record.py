@@ -75,7 +75,7 @@ def test_every_message_has_one_winner(project: Project) -> None:
 
     def take(rt: Runtime, ids: list[str]) -> None:
         for message in ids:
-            won.extend(work.message for work in claim.claim(rt, [message]) if work is not None)
+            won.extend(work.message for work in claim.claim(rt, [message], rt.token()) if work is not None)
 
     in_threads(lambda: take(two[0], ids), lambda: take(two[1], ids), lambda: take(two[1], ids[::-1]))
 
@@ -97,6 +97,18 @@ def test_the_same_token_may_claim_again(project: Project) -> None:
     assert again == first
     assert [row["_id"] for row in again] == ids
     assert others == []
+
+
+def test_two_deliveries_that_are_claimed_together(project: Project) -> None:
+    """Given a message that was delivered twice, when one process claims both at once, then only one of them has it."""
+    chosen = pipeline(double)
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(1))
+    message = hints(rt)[0].message
+
+    works = claim.claim(rt, [message, message], rt.token())
+
+    assert [work is not None for work in works] == [True, False]
 
 
 def test_the_answer_to_a_claim_is_lost(project: Project, new_flow: NewFlow, mongo_proxy: MongoProxy) -> None:
@@ -336,7 +348,7 @@ def made(works: list[claim.Work], rt: Runtime) -> list[record.Record]:
 
 
 def claimed(rt: Runtime) -> list[claim.Work]:
-    return [work for work in claim.claim(rt, [hint.message for hint in hints(rt)]) if work is not None]
+    return [work for work in claim.claim(rt, [hint.message for hint in hints(rt)], rt.token()) if work is not None]
 
 
 def test_one_of_a_group_is_refused(project: Project) -> None:
