@@ -42,11 +42,11 @@ unit: $(DEV) ## pure tests, in seconds
 
 .PHONY: integration
 integration: $(DEV) ## tests against a real RabbitMQ and a real MongoDB
-	@$(BIN)/pytest tests/integration $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/integration -n 2 $(PYTEST_ARGS)
 
 .PHONY: acceptance
 acceptance: $(DEV) ## the command line as people use it
-	@$(BIN)/pytest tests/acceptance $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/acceptance -n 2 $(PYTEST_ARGS)
 
 .PHONY: faults
 faults: $(DEV) ## kill workers and services under load, a short while

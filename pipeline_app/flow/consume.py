@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+#: Jobs that are recorded in one transaction, unless a single message has more.
+RECORD_JOBS = 1000
 #: Pauses between two tries while the store is away: doubled up to the second.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 
@@ -60,7 +62,9 @@ class Flow:
         self.notes = Notes(rt)
         self._stopping = when_stopping
         self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
-        self._records: Group[record.Record, list[Document]] = Group(lambda rows: record.record_together(rt, rows))
+        self._records: Group[record.Record, list[Document]] = Group(
+            lambda rows: record.record_together(rt, rows), limit=RECORD_JOBS, weight=lambda row: len(row.outcomes)
+        )
         self._forwards: Group[list[Document], bool] = Group(self._forward)
 
     def run(self, hint: Hint) -> str:

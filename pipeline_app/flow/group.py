@@ -7,6 +7,7 @@ of its own and no waiting for company. In a process with one thread it costs a l
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -26,13 +27,23 @@ class _Place(Generic[Item, Result]):
 
 
 class Group(Generic[Item, Result]):
-    """Shares calls of `work`, which takes a list of items and gives as many results, in order."""
+    """Shares calls of `work`, which takes a list of items and gives as many results, in order.
 
-    def __init__(self, work: Callable[[Sequence[Item]], Sequence[Result]], *, limit: int = 64) -> None:
+    The items of one call weigh at most `limit` together, or it is one item.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result]],
+        *,
+        limit: int = 64,
+        weight: Callable[[Item], int] = lambda item: 1,
+    ) -> None:
         self._work = work
         self._limit = limit
+        self._weight = weight
         self._lock = threading.Lock()
-        self._waiting: list[_Place[Item, Result]] = []
+        self._waiting: deque[_Place[Item, Result]] = deque()
         self._led = False
 
     def submit(self, item: Item) -> Result:
@@ -55,12 +66,16 @@ class Group(Generic[Item, Result]):
     def _lead(self, own: _Place[Item, Result]) -> None:
         """Do the own item and what waits, then pass the lead on; a successor is out of the list, so nobody takes it."""
         with self._lock:
-            others, self._waiting = self._waiting[: self._limit - 1], self._waiting[self._limit - 1 :]
+            room = self._limit - self._weight(own.item)
+            others: list[_Place[Item, Result]] = []
+            while self._waiting and self._weight(self._waiting[0].item) <= room:
+                others.append(self._waiting.popleft())
+                room -= self._weight(others[-1].item)
         self._do([own, *others])
         for place in others:
             place.woken.set()
         with self._lock:
-            successor = self._waiting.pop(0) if self._waiting else None
+            successor = self._waiting.popleft() if self._waiting else None
             self._led = successor is not None
         if successor is not None:
             successor.woken.set()

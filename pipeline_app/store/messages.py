@@ -82,7 +82,7 @@ def note_published(store: Store, ids: Sequence[str]) -> None:
     now = store.now()
     with translated(store):
         store.fast.messages.update_many(
-            {"_id": {"$in": list(ids)}, "state": {"$in": [MessageState.OPEN, MessageState.CLAIMED]}},
+            {"_id": {"$in": list(ids)}, "state": MessageState.OPEN},
             [
                 {
                     "$set": {

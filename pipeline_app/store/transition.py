@@ -112,7 +112,8 @@ def _apply(store: Store, session: Session, plan: Transition) -> None:
     _move(store, session, plan)
     for name, documents in (
         ("job_states", plan.new_jobs),
-        ("messages", plan.messages),
+        # Where messages are closed, the new ones travelled with that.
+        ("messages", [] if plan.close else plan.messages),
         ("job_outputs", plan.outputs),
         ("job_attempts", plan.attempts),
         ("pipeline_events", plan.events),
@@ -136,14 +137,13 @@ def _close(store: Store, session: Session, plan: Transition) -> None:
     if not plan.close:
         return
     change = {"$set": {"state": MessageState.CLOSED, "closed_at": plan.now, "given_back": plan.given_back}}
-    result = store.db.messages.bulk_write(
-        [
-            UpdateOne({"_id": message, "token": token, "state": MessageState.CLAIMED}, change)
-            for message, token in plan.close
-        ],
-        ordered=False,
-        session=session,
-    )
+    closing = [
+        UpdateOne({"_id": message, "token": token, "state": MessageState.CLAIMED}, change)
+        for message, token in plan.close
+    ]
+    # As upserts they need no round trip of their own.
+    opening = [UpdateOne({"_id": row["_id"]}, {"$setOnInsert": row}, upsert=True) for row in plan.messages]
+    result = store.db.messages.bulk_write([*closing, *opening], ordered=False, session=session)
     if result.modified_count == len(plan.close):
         return
     # Ask outside the transaction, where our own updates do not show.
