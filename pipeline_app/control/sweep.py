@@ -7,6 +7,7 @@ once do no harm, and a leader that dies in the middle leaves nothing half done.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections import defaultdict
@@ -179,10 +180,14 @@ def _enqueue_group(
 
 def publish_unpublished(rt: Runtime) -> None:
     """Publish what a process recorded but could not publish."""
-    rows = messages.unpublished(rt.store, _queues(rt), PAGE)
-    if rows:
-        logger.warning("publishing what was left unpublished: messages=%d", len(rows))
-        publish_or_leave(rt, rows)
+    groups: dict[str, list[Document]] = defaultdict(list)
+    for row in messages.unpublished(rt.store, _queues(rt), PAGE):
+        groups[row["queue"]].append(row)
+    # In any order: one queue that the broker refuses ends this round, but not always before the same others.
+    for queue in random.sample(sorted(groups), len(groups)):
+        logger.warning("publishing what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
+        if not publish_or_leave(rt, groups[queue]):
+            return
 
 
 def publish_forgotten(rt: Runtime) -> None:

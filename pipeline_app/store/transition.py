@@ -145,6 +145,10 @@ def _close(store: Store, session: Session, plan: Transition) -> None:
     opening = [UpdateOne({"_id": row["_id"]}, {"$setOnInsert": row}, upsert=True) for row in plan.messages]
     result = store.db.messages.bulk_write([*closing, *opening], ordered=False, session=session)
     if result.modified_count == len(plan.close):
+        made = set(result.upserted_ids or ())
+        if len(made) < len(opening):
+            there = [row["_id"] for number, row in enumerate(plan.messages, len(closing)) if number not in made]
+            raise DuplicateKeyFoundError(there[0])
         return
     # Ask outside the transaction, where our own updates do not show.
     rows = store.db.messages.find(

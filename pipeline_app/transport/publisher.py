@@ -87,7 +87,9 @@ class Publisher:
         """
         try:
             self._app.signature(signature).apply_async(args, task_id=task_id, chain=list(chain) or None)
-        except (OSError, KombuError) as exc:
+        except Exception as exc:
+            if not isinstance(exc, _client_errors(self._app.connection_for_write())):
+                raise
             raise broker_error(self.address, exc) from exc
 
     def ping(self) -> None:
@@ -204,9 +206,7 @@ class Publisher:
         try:
             yield
         except Exception as exc:
-            known: tuple[type[BaseException], ...] = (OSError, KombuError)
-            if self._connection is not None:
-                known += (*self._connection.connection_errors, *self._connection.channel_errors)
+            known = _client_errors(self._connection)
             self._drop()
             if not isinstance(exc, known):
                 raise
@@ -220,6 +220,12 @@ class Publisher:
         if connection is not None:
             # Not close(): that waits for an answer from a broker that may be gone.
             connection.collect(socket_timeout=1)
+
+
+def _client_errors(connection: Connection | None) -> tuple[type[BaseException], ...]:
+    """What the broker's client raises because of the broker; everything else is a bug."""
+    known: tuple[type[BaseException], ...] = (OSError, KombuError)
+    return known if connection is None else (*known, *connection.connection_errors, *connection.channel_errors)
 
 
 def broker_error(address: str, exc: BaseException) -> BrokerError:

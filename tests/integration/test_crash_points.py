@@ -135,7 +135,7 @@ def finish(rt: Runtime, run: str) -> None:
     want = {f"{run}-{n}": {"n": n + 1} for n in range(5)}
     assert {row["job_id"]: row["result"] for row in results(rt, run)} == want
     told = {row["job_id"]: row["result"] for (rows,) in in_broker(rt, "celery") for row in rows}
-    assert told == want
+    assert want.items() <= told.items()
 
 
 def test_seeding_a_stream(nursery: Nursery, rt: Runtime) -> None:

@@ -13,7 +13,8 @@ import pytest
 from kombu import Connection, Queue
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.control import sweep
+from pipeline_app.application import prepare
+from pipeline_app.control import runs, seeding, sweep
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.errors import BrokerError
 from pipeline_app.flow.consume import Flow
@@ -99,41 +100,75 @@ def test_a_queue_that_was_deleted_is_made_again(project: Project) -> None:
     assert ready(project, name) == 3
 
 
+def refuses(rt: Runtime, name: str) -> bool:
+    try:
+        rt.publisher.publish(envelopes(name, 10))
+    except BrokerError as exc:
+        return "refused a message" in exc.message
+    return False
+
+
 @contextmanager
-def full(project: Project, prefix: str) -> Iterator[None]:
-    """Queues with that prefix refuse what is beyond one message."""
+def full(project: Project, rt: Runtime, name: str) -> Iterator[None]:
+    """The queue is full, and refuses more."""
     vhost = project.amqp_url.rsplit("/", 1)[1]
     limits = json.dumps({"max-length": 1, "overflow": "reject-publish"})
-    project.services.rabbitmqctl("set_policy", "-p", vhost, "full", f"^{prefix}", limits, "--apply-to", "queues")
+    project.services.rabbitmqctl("set_policy", "-p", vhost, "full", f"^{name}$", limits, "--apply-to", "queues")
     try:
+        eventually(lambda: refuses(rt, name))  # it takes a few more than its limit
         yield
     finally:
         project.services.rabbitmqctl("clear_policy", "-p", vhost, "full")
 
 
 def test_a_full_queue_refuses(project: Project, new_flow: NewFlow) -> None:
-    """Given a queue that takes no more, when hints are published, then that is an error and the sweep tries again."""
-    chosen = pipeline(Stage(double, chunk=40), after)
+    """Given a queue that takes no more, when hints are published, then they are kept until there is room."""
+    chosen = pipeline(Stage(double, chunk=4), after)
     rt = project.runtime(chosen)
-    begin(rt, chosen, lines(40))
+    begin(rt, chosen, lines(4))
     name = queue_of(chosen, "after")
-    with full(project, name):
-        new_flow(rt).run(hints(rt)[0])
-        assert rt.store.db.messages.count_documents({"stage": "after", "published_at": None}) == 40
-        with pytest.raises(BrokerError, match="refused a message"):
-            rt.publisher.publish(envelopes(name, 40))
+
+    def unpublished() -> int:
+        return rt.store.db.messages.count_documents({"stage": "after", "published_at": None})
+
+    def publish_the_rest() -> bool:
+        sweep.publish_unpublished(rt)
+        return unpublished() == 0
+
+    with full(project, rt, name):
+        flow = new_flow(rt)
+        assert flow.run(hints(rt)[0]) == "4 advance"
+        flow.notes.flush()
         backdate(rt, "messages", 60, "check_at")
         sweep.publish_unpublished(rt)
-        assert rt.store.db.messages.count_documents({"stage": "after", "published_at": None}) == 40
-
-    def is_published() -> bool:
-        sweep.publish_unpublished(rt)
-        return not rt.store.db.messages.count_documents({"stage": "after", "published_at": None})
-
+        assert unpublished() == 4
     in_broker(rt, name)
-    eventually(is_published)  # the queue learns of its policy's end a little later
+    eventually(publish_the_rest)  # the queue hears of the end of its limit a little later
     pump(rt)
-    prove(rt, terminal=40)
+
+    prove(rt, terminal=4)
+
+
+def test_one_queue_that_refuses_does_not_keep_others_waiting(project: Project) -> None:
+    """Given unpublished messages of several queues, one of which the broker refuses, then the others are published."""
+    chosen = pipeline(double, partition_by=["kind"])
+    rt = project.runtime(chosen)
+    begin(rt, chosen, [{"job_id": f"j{n}", "payload": n, "tags": {"kind": str(n)}} for n in range(6)])
+    names = [queue_name(chosen.name, "double", f"kind__{n}") for n in range(6)]
+    in_broker(rt, *names)
+    delete_queue(project, names[2])
+    with Connection(project.amqp_url) as connection:
+        Queue(names[2], durable=True)(connection.default_channel).declare()
+    # As if the seeder had been killed before it published.
+    rt.store.db.messages.update_many({}, {"$set": {"published_at": None}})
+    backdate(rt, "messages", 3600, "check_at")
+    left = project.runtime(chosen)
+
+    def rest() -> list[str]:
+        sweep.publish_unpublished(left)
+        return list(rt.store.db.messages.distinct("queue", {"published_at": None}))
+
+    eventually(lambda: rest() == [names[2]])
 
 
 def test_a_queue_that_was_declared_otherwise(project: Project, new_flow: NewFlow) -> None:
@@ -217,19 +252,22 @@ def test_a_broker_that_is_silent(project: Project, amqp_proxy: Proxy, monkeypatc
     assert ready(project, name) >= 2
 
 
-NOTIFY: dict[str, Any] = {"task": "notify", "args": [], "kwargs": {}, "options": {}}
+def own_task(rt: Runtime, queue: str) -> dict[str, Any]:
+    """The signature of a task of the user's own that nobody runs."""
+    rt.app.amqp.queues.add(Queue(queue, routing_key=queue))
+    return {"task": "notify", "args": [], "kwargs": {}, "options": {"queue": queue}}
 
 
 def test_results_for_a_queue_that_was_declared_otherwise(project: Project, new_flow: NewFlow) -> None:
     """Given a task of the user's own whose queue the broker refuses, then our jobs are done and the sweep goes on."""
-    theirs = f"theirs-{uuid.uuid4().hex[:8]}"
-    notify = {**NOTIFY, "options": {"queue": Queue(theirs, routing_key=theirs, durable=False).name}}
-    chosen = pipeline(double, then=[notify])
+    theirs = some_queue()
+    chosen = pipeline(double)
     rt = project.runtime(chosen)
-    rt.app.amqp.queues.add(Queue(theirs, routing_key=theirs))
     with Connection(project.amqp_url) as connection:
         Queue(theirs, durable=True, max_length=7)(connection.default_channel).declare()
-    begin(rt, chosen, lines(1))
+    prepare(rt)
+    runs.create_run(rt, "r", chosen, then=own_task(rt, theirs))
+    seeding.seed(rt, "r", lines(1))
 
     assert new_flow(rt).run(hints(rt)[0]) == "1 advance"
     backdate(rt, "messages", 60, "check_at")
@@ -245,20 +283,22 @@ def test_results_for_a_queue_that_was_declared_otherwise(project: Project, new_f
 
 def test_results_are_called_for_again_under_the_same_key(project: Project) -> None:
     """Given results whose delivery was not noted, when they are sent again, then id and keys are the same."""
-    chosen = pipeline(Stage(double, chunk=2), then=[NOTIFY])
+    theirs = some_queue()
+    chosen = pipeline(Stage(double, chunk=2))
     rt = project.runtime(chosen)
-    begin(rt, chosen, lines(2))
-    in_broker(rt, "celery")
+    prepare(rt)
+    runs.create_run(rt, "r", chosen, then=own_task(rt, theirs))
+    seeding.seed(rt, "r", lines(2))
     pump(rt)
     (row,) = rt.store.db.messages.find({"stage": messages.THEN})
     assert row["state"] == "closed"
-    ((first,),) = in_broker(rt, "celery")
+    ((first,),) = in_broker(rt, theirs)
 
     rt.store.db.messages.update_one({"_id": row["_id"]}, {"$set": {"state": "open"}})
     backdate(rt, "messages", 60, "check_at")
     sweep.publish_unpublished(rt)
 
-    ((again,),) = in_broker(rt, "celery")
+    ((again,),) = in_broker(rt, theirs)
     assert again == first
     assert [(found["job_id"], found["result"]) for found in first] == [("j0", 0), ("j1", 2)]
     assert len({found["key"] for found in first}) == 2
