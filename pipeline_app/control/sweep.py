@@ -40,6 +40,8 @@ FOLD_IDLE_S = 60.0
 #: A leader ends leases only after the store has answered for this long: right after an outage every lease looks ended.
 CALM_S = 5.0
 PAGE = 5000
+#: Jobs in one transaction, each of which may need a message of its own.
+JOBS_PAGE = 1000
 
 
 class Sweep:
@@ -77,25 +79,29 @@ class Sweep:
             except StoreError as exc:
                 logger.info("sweep waits for the store: %s", exc)
                 self._calm_since = time.monotonic()
-            except BrokerError as exc:
-                logger.info("sweep waits for the broker: %s", exc)
             except Exception:
                 # The next round may do better; without this thread nothing that waits would ever go on.
                 logger.exception("sweep")
 
     def round(self, rt: Runtime) -> None:
-        """Every duty once."""
-        if time.monotonic() - self._calm_since > CALM_S:
-            end_leases(rt)
-        release_due(rt)
-        publish_unpublished(rt)
-        if self._is_time("forgotten", FORGOTTEN_EVERY_S):
-            publish_forgotten(rt)
-        release_definitions(rt)
-        seeding.sweep(rt)
-        cancelling.sweep(rt)
-        if self._is_time("fold", FOLD_EVERY_S):
-            fold_counters(rt)
+        """Every duty that is due, each whether or not the one before it could be done.
+
+        Raises StoreError: without the store none can.
+        """
+        for duty, every_s in DUTIES:
+            if duty is end_leases and time.monotonic() - self._calm_since <= CALM_S:
+                continue
+            if not self._is_time(duty.__qualname__ + duty.__module__, every_s):
+                continue
+            try:
+                duty(rt)
+            except StoreError:
+                raise
+            except BrokerError as exc:
+                logger.info("sweep waits for the broker: %s", exc)
+            except Exception:
+                # A duty that trips over something must not keep all the others from being done.
+                logger.exception("sweep: %s", duty.__name__)
 
     def _is_time(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
@@ -127,9 +133,9 @@ def release_due(rt: Runtime) -> None:
     """Enqueue jobs whose delay or retry time has come."""
     while True:
         hidden = seeding.hidden_batches(rt)
-        rows = jobs.due(rt.store, rt.store.now(), PAGE, hidden)
+        rows = jobs.due(rt.store, rt.store.now(), JOBS_PAGE, hidden)
         enqueue_parked(rt, rows, "due")
-        if len(rows) < PAGE:
+        if len(rows) < JOBS_PAGE:
             return
 
 
@@ -236,7 +242,7 @@ def release_definitions(rt: Runtime) -> None:
     for manifest in waiting:
         if manifest["hash"] not in known:
             continue
-        while rows := jobs.waiting_for_definition(rt.store, manifest["_id"], PAGE):
+        while rows := jobs.waiting_for_definition(rt.store, manifest["_id"], JOBS_PAGE):
             if not enqueue_parked(rt, rows, "definition"):
                 break
         # Only if nobody has come to wait since: the flag was written with the jobs, in one transaction.
@@ -248,3 +254,16 @@ def fold_counters(rt: Runtime) -> None:
     """Fold counters that nobody adds to any more, so that reading a run's counts stays cheap."""
     while ids := counters.idle(rt.store, rt.store.now() - timedelta(seconds=FOLD_IDLE_S)):
         counters.fold(rt.store, ids)
+
+
+#: What is done, in this order, and how often at most (seconds); 0 is every round.
+DUTIES: tuple[tuple[Callable[[Runtime], None], float], ...] = (
+    (end_leases, 0),
+    (release_due, 0),
+    (publish_unpublished, 0),
+    (publish_forgotten, FORGOTTEN_EVERY_S),
+    (release_definitions, 0),
+    (seeding.sweep, 0),
+    (cancelling.sweep, 0),
+    (fold_counters, FOLD_EVERY_S),
+)
