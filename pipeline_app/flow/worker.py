@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -149,9 +148,6 @@ class WorkerProcess:
             return
         self.slots = consumer.pool.limit
         consumer.pool.executor = ThreadPoolExecutor(max_workers=max(consumer.initial_prefetch_count, self.slots))
-        # A thread that comes back from the network waits for the interpreter's lock up to this long; at Python's 5 ms,
-        # with some fifteen round trips a message, that would be most of the time.
-        sys.setswitchinterval(0.0001)
 
     def up(self, consumer: Any) -> None:
         """Register, after the pool was forked and before anything is consumed."""
