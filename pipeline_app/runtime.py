@@ -33,6 +33,11 @@ def new_incarnation() -> str:
     return f"{socket.gethostname()[:40]}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
+def process_id(process: str) -> int:
+    """The id that a process of that name has, or had, on its machine."""
+    return int(process.rsplit(".", 2)[1])
+
+
 class Memory:
     """What a process remembers of runs, so that nothing is asked once per job."""
 

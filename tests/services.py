@@ -40,7 +40,7 @@ class TestServices:
 
     def new_vhost(self) -> str:
         """The URL of a fresh virtual host."""
-        return _add_vhost(self.folder, self.amqp_url)
+        return _add_vhost(self.folder, self.amqp_url.rsplit("/", 1)[0])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
+from pipeline_app.control import seeding
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState
@@ -38,16 +39,23 @@ def sweep(rt: Runtime) -> None:
     """Finish what a cancelling process left, and what workers recorded meanwhile."""
     for manifest in manifests.matching(rt.store, {"cancelled_at": {"$ne": None}, "cancel_done": False}):
         plan = RunPlan.of(manifest)
+        for row in manifests.batches(rt.store, plan.run, "interrupted"):
+            # Nobody seeds on in a cancelled run: closed, its jobs can be cancelled.
+            seeding.close_batch(rt, row)
         moved = _move_all(rt, plan)
-        # A whole seed batch may still be open: its jobs come later.
+        # The jobs of a seed batch that is still open come later.
         if moved == 0 and not manifests.batches(rt.store, plan.run, "open", "closing", "removing"):
             manifests.update(rt.store, plan.run, {"cancel_done": True})
 
 
 def _move_all(rt: Runtime, plan: RunPlan) -> int:
     moved = 0
-    while rows := jobs.in_state(rt.store, plan.run, _OPEN, PAGE):
-        moved += _move(rt, plan, rows)
+    # A batch that may be taken back takes its counters with it: what it has in them must still be true.
+    hidden = seeding.hidden_batches(rt)
+    while rows := jobs.in_state(rt.store, plan.run, _OPEN, PAGE, hidden):
+        # Asked again: a batch is there before its jobs are.
+        hidden = seeding.hidden_batches(rt)
+        moved += _move(rt, plan, [row for row in rows if row["batch"] not in hidden])
     queues = [
         queue_name(plan.pipeline, stage.name, row["partition"])
         for row in partitions.of_pipelines(rt.store, [plan.pipeline])

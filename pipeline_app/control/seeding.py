@@ -274,7 +274,11 @@ def close_batch(rt: Runtime, batch: Document) -> bool:
 
     May be asked again after any crash.
     """
-    manifests.set_batch(rt.store, batch["_id"], "closing", expected=("open", "interrupted", "closing"))
+    # Also what was closed already: a seeder that was only slow may have added to it since.
+    if not manifests.set_batch(
+        rt.store, batch["_id"], "closing", expected=("open", "interrupted", "closing", "closed")
+    ):
+        return True  # it is being taken back
     messages.open_drafts(rt.store, batch["_id"])
     counters.release(rt.store, SEED_PREFIX + batch["_id"])
     manifests.set_batch(rt.store, batch["_id"], "closed", expected=("closing",))

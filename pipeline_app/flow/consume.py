@@ -100,7 +100,8 @@ class Flow:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
 
         def give_up() -> None:
-            for row in messages.claimed(self.rt.store, _id=message, worker=self.rt.incarnation()):
+            mine = {"worker": self.rt.incarnation(), "process": self.rt.process}
+            for row in messages.claimed(self.rt.store, _id=message, **mine):
                 forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc)), self.notes)
 
         _until_known("giving up", message, give_up)
@@ -162,8 +163,8 @@ def worker_stops() -> bool:
 class StageRequest(Request):  # type: ignore[misc]  # Celery ships no types
     """What the main process knows of a message in a child. A child that is killed can record nothing itself."""
 
-    #: Called with the message id and the error when a child was lost; set by the worker.
-    on_lost: ClassVar[Callable[[str, BaseException], None] | None] = None
+    #: Called with the message id, the error and the child's pid (if known) when a child was lost; set by the worker.
+    on_lost: ClassVar[Callable[[str, BaseException, int | None], None] | None] = None
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         exc = getattr(exc_info.exception, "exc", exc_info.exception)
@@ -171,7 +172,7 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery ships no types
         if not isinstance(exc, (WorkerLostError, TimeLimitExceeded)) or on_lost is None:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         worker_state.task_ready(self)
-        on_lost(self.id, exc)
+        on_lost(self.id, exc, self.worker_pid)
         # Back into the queue, in case it was not claimed yet; if it was, the second delivery finds it closed.
         return self.reject(requeue=True)
 

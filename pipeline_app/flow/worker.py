@@ -27,10 +27,10 @@ from pipeline_app.errors import BrokerError, StoreError
 from pipeline_app.flow import forward
 from pipeline_app.flow.give_back import give_back, take_open
 from pipeline_app.flow.lifeline import Lifeline, Shared
-from pipeline_app.runtime import Runtime
+from pipeline_app.runtime import Runtime, process_id
 from pipeline_app.store import messages
 from pipeline_app.store.client import Document
-from pipeline_app.transport.topology import IDLE_QUEUE, Queue, named_queue
+from pipeline_app.transport.topology import IDLE_QUEUE, Queue, named_queue, parked_queue
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,14 @@ class Janitor:
 
     def __init__(self, runtime: Callable[[], Runtime]) -> None:
         self._runtime = runtime
-        self._todo: queue.Queue[tuple[str, ErrorRecord | None]] = queue.Queue()
+        #: Message, what became of its child (None if there was none), and that child's pid if it is known.
+        self._todo: queue.Queue[tuple[str, ErrorRecord | None, int | None]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def lost(self, message: str, exc: BaseException) -> None:
-        """The child that ran this message was killed, or exceeded its time."""
-        self._add(message, ErrorRecord(type=type(exc).__name__, message=str(exc), traceback=""))
+    def lost(self, message: str, exc: BaseException, pid: int | None) -> None:
+        """The child `pid` that ran this message was killed, or exceeded its time."""
+        self._add(message, ErrorRecord(type=type(exc).__name__, message=str(exc), traceback=""), pid)
 
     def revoked(self, message: str) -> None:
         """The message's Celery task was revoked: its jobs go on under another id."""
@@ -81,8 +82,8 @@ class Janitor:
         while self._todo.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _add(self, message: str, lost: ErrorRecord | None) -> None:
-        self._todo.put((message, lost))
+    def _add(self, message: str, lost: ErrorRecord | None, pid: int | None = None) -> None:
+        self._todo.put((message, lost, pid))
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="pipeline-janitor", daemon=True)
@@ -90,17 +91,19 @@ class Janitor:
 
     def _run(self) -> None:
         while True:
-            message, lost = self._todo.get()
+            message, lost, pid = self._todo.get()
             pause = 0.2
-            while not self._give_back(message, lost):
+            while not self._give_back(message, lost, pid):
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
             self._todo.task_done()
 
-    def _give_back(self, message: str, lost: ErrorRecord | None) -> bool:
+    def _give_back(self, message: str, lost: ErrorRecord | None, pid: int | None) -> bool:
         rt = self._runtime()
         try:
             rows = messages.claimed(rt.store, _id=message, worker=rt.incarnation())
+            # A child that was killed before its claim may leave the message to a brother who lives.
+            rows = [row for row in rows if pid is None or process_id(row["process"]) == pid]
             if not rows and lost is None:
                 taken = take_open(rt, message)
                 rows = [taken] if taken else []
@@ -240,6 +243,8 @@ class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no 
     def start(self, consumer: Any) -> None:
         """Declare the queues to begin with; Celery starts consuming them when its loop runs."""
         self.process.up(consumer)
+        # Before anything is consumed: what is rejected while nobody declared its place would be dropped.
+        parked_queue(self.process.runtime().settings.queue_type)(consumer.task_consumer.channel).declare()
         self._sync(consumer, started=False)
         self._timer = consumer.timer.call_repeatedly(FOLLOW_S, consumer.call_soon, (self._sync, consumer))
 

@@ -94,9 +94,13 @@ def waiting_for_definition(store: Store, run: str, limit: int) -> list[Document]
         return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
 
 
-def in_state(store: Store, run: str, states: Sequence[str], limit: int) -> list[Document]:
+def in_state(
+    store: Store, run: str, states: Sequence[str], limit: int, skip_batches: Sequence[str] = ()
+) -> list[Document]:
     """Some jobs of a run in one of these stored states."""
-    query = {"run": run, "state": {"$in": list(states)}}
+    query: Document = {"run": run, "state": {"$in": list(states)}}
+    if skip_batches:
+        query["batch"] = {"$nin": list(skip_batches)}
     with translated(store):
         return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import make_celery
-from pipeline_app.control import cancelling, seeding, sweep
+from pipeline_app.control import cancelling, paging, seeding, sweep
 from pipeline_app.domain.hint import Hint
 from pipeline_app.errors import DuplicateJobError
 from pipeline_app.flow.consume import Flow
@@ -68,7 +68,7 @@ def take_back(rt: Runtime, run: str, _: str) -> None:
     """A whole batch whose last job is in the run already."""
     more = [{"job_id": f"{run}-{n}", "payload": n} for n in (11, 12, 0)]
     # A page each, so that there is something to be taken back.
-    seeding.PAGE = 2
+    paging.PAGE = 2
     with contextlib.suppress(DuplicateJobError):
         seeding.seed(rt, run, more, whole=True)
 

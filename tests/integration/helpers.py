@@ -20,6 +20,7 @@ from pipeline_app.flow.consume import ChunkFailedError, Flow
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, partitions
 from pipeline_app.store.client import Document
+from pipeline_app.transport.depth import depths
 from pipeline_app.transport.topology import named_queue
 
 
@@ -79,11 +80,11 @@ def run_hint(flow: Flow, body: str | bytes) -> str:
 
 
 def in_broker(rt: Runtime, *queues: str) -> list[list[Any]]:
-    """Take what is in queues out of them: args of each Celery message."""
+    """Take what is in queues out of them: args of each Celery message. A queue that is not there has none."""
     found = []
     with Connection(rt.settings.amqp_url) as connection:
-        channel: Any = connection.default_channel
-        for name in queues:
+        for name in [name for name, depth in depths(rt.settings.amqp_url, queues).items() if depth.ready]:
+            channel: Any = connection.default_channel
             while message := channel.basic_get(name, no_ack=True):
                 found.append(json.loads(message.body)[0])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from celery.exceptions import WorkerLostError
 
 from pipeline_app import Job, Stage
 from pipeline_app.control import sweep
@@ -17,6 +19,7 @@ from pipeline_app.domain.outcome import AttemptOutcome, Move, Outcome
 from pipeline_app.domain.states import JobState
 from pipeline_app.flow import claim, record
 from pipeline_app.flow.consume import Flow
+from pipeline_app.flow.worker import Janitor
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages, outputs, transition
 from pipeline_app.store.transition import JobMove, Transition
@@ -429,3 +432,23 @@ def test_the_store_goes_away_during_the_handler(
     assert gate.calls == ["j0", "j1"]
     prove(rt, terminal=2)
     assert outcomes(attempts(rt)) == ["ok"] * 4
+
+
+def test_a_lost_child_takes_no_message_from_a_brother(project: Project) -> None:
+    """Given a message that another child of the same worker runs, when one is lost over it, then it stays claimed."""
+    chosen = pipeline(double)
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(1))
+    (work,) = claimed(rt)
+    janitor = Janitor(lambda: rt)
+
+    janitor.lost(work.message, WorkerLostError("killed"), os.getpid() + 1)
+    janitor.drain(10)
+    assert messages.states(rt.store, [work.message]) == {work.message: "claimed"}
+    janitor.lost(work.message, WorkerLostError("killed"), os.getpid())
+    janitor.drain(10)
+
+    assert messages.states(rt.store, [work.message]) == {work.message: "closed"}
+    pump(rt)
+    prove(rt, terminal=1)
+    assert outcomes(attempts(rt)) == ["lost", "ok"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -11,12 +12,12 @@ import pytest
 
 from pipeline_app import Pipeline, Retry, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, runs, seeding, sweep
+from pipeline_app.control import cancelling, paging, runs, seeding, sweep
 from pipeline_app.control.status import status
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.states import DeadKind, JobState
 from pipeline_app.errors import StoreError
-from pipeline_app.flow.consume import Flow
+from pipeline_app.flow.consume import ChunkFailedError, Flow
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, manifests, messages, workers
@@ -115,7 +116,7 @@ def test_a_job_that_loses_its_worker_too_often(project: Project) -> None:
 
 
 def test_giving_back_without_a_loss_is_free(project: Project) -> None:
-    """Given a worker that says goodbye, when it gives a chunk back, then that goes on whole, at once, without a loss."""
+    """Given a worker that says goodbye, when it gives a chunk back, then that goes on whole, without a loss."""
     chosen = pipeline(Stage(double, chunk=3))
     rt = project.runtime(chosen)
     begin(rt, chosen, lines(3))
@@ -222,8 +223,7 @@ def test_a_hint_that_was_overtaken_is_published_again(project: Project) -> None:
     in_broker(rt, queue_name(chosen.name, "double", "default"))
     backdate(rt, "messages", 3600, "published_at", "check_at", _id=lost)
     backdate(rt, "messages", 1800, "published_at", "check_at", _id=claimed)
-    rt.publisher.publish([])
-    sweep.publish_or_leave(rt, [row for row in rt.store.db.messages.find({"_id": waits})])
+    sweep.publish_or_leave(rt, list(rt.store.db.messages.find({"_id": waits})))
     register(rt, "w")
     take(rt, "w", claimed)
 
@@ -292,7 +292,7 @@ def abandoned(rt: Runtime, run: str, chosen: Pipeline, state: str, *, whole: boo
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeding adds two jobs at a time."""
-    monkeypatch.setattr(seeding, "PAGE", 2)
+    monkeypatch.setattr(paging, "PAGE", 2)
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -384,10 +384,8 @@ def test_cancelling_is_finished(project: Project, new_flow: NewFlow) -> None:
 
 
 def try_run(flow: Flow, hint: Any) -> None:
-    try:
+    with contextlib.suppress(ChunkFailedError):
         flow.run(hint)
-    except Exception as exc:
-        assert "jobs failed" in str(exc)
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -448,7 +446,7 @@ def test_counters_of_a_batch_that_may_be_taken_back_are_not_folded(project: Proj
 
 @pytest.mark.usefixtures("small_pages")
 def test_two_leaders_at_once(project: Project, new_flow: NewFlow) -> None:
-    """Given work for every duty, when two processes sweep at the same time, then it is done, and nothing is done twice."""
+    """Given work for every duty, when two processes sweep at the same time, then it is done, nothing twice."""
     failed: set[int] = set()
 
     def flaky(n: int) -> int:
@@ -460,7 +458,7 @@ def test_two_leaders_at_once(project: Project, new_flow: NewFlow) -> None:
     chosen = pipeline(Stage(flaky, chunk=3, retry=Retry(backoff="300s")), Stage(after, chunk=2), partition_by=["kind"])
     other = Pipeline(chosen.name, [Stage(flaky, chunk=9)])
     rt, second, changed = project.runtime(chosen), project.runtime(chosen), project.runtime(other)
-    rows = [{"job_id": f"j{n}", "payload": n, "tags": {"kind": "abc"[n % 3 // 1]}} for n in range(60)]
+    rows = [{"job_id": f"j{n}", "payload": n, "tags": {"kind": "abc"[n % 3]}} for n in range(60)]
     prepare(rt)
     register(rt, "alive", definitions=[chosen.hash])
     # Some jobs failed and wait, some are in the second stage with nobody told, some are held by the dead.
