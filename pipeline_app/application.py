@@ -88,6 +88,8 @@ def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRo
         # Celery's four would be reserved by one worker while another is idle, for each queue if it is a quorum queue.
         "worker_prefetch_multiplier": getattr(own, "worker_prefetch_multiplier", 1),
         "worker_enable_prefetch_count_reduction": False,
+        # Seconds that a killed child's message waits for an exit status that may still come.
+        "worker_lost_wait": 2.0,
         # A redelivered copy finds its message claimed; nothing that runs needs to be stopped for it.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_routes": [router, *(routes if isinstance(routes, (list, tuple)) else [routes])],

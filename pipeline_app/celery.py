@@ -45,6 +45,9 @@ def _flow() -> Flow:
                     incarnation=lambda: _shared.incarnation,
                     version=lambda: _shared.version,
                 )
+                # Children, too: all times of a run are MongoDB's.
+                with contextlib.suppress(StoreError):
+                    rt.store.synchronise()
                 flow = _flows[os.getpid()] = Flow(rt, worker_stops, Follow.process.slots)
     return flow
 

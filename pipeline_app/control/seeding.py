@@ -9,7 +9,6 @@ closes it); open -> removing (taken back). The sweep finishes what a dead seeder
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections import defaultdict
@@ -91,7 +90,9 @@ def seed(
         batch.close()
     if skip_existing:
         for row in manifests.batches(rt.store, batch.plan.run, "interrupted"):
-            batch.published &= close_batch(rt, row)
+            # Only those that these jobs belong to: another file's batch may still lack jobs.
+            if row["_id"] in batch.met or not row["jobs"]:
+                batch.published &= close_batch(rt, row)
     return Seeded(
         run=batch.plan.run, batch=batch.id, added=batch.added, skipped=batch.skipped, published=batch.published
     )
@@ -109,6 +110,8 @@ class _Batch:
         self.added = 0
         self.skipped = 0
         self.published = True
+        #: Batches of the jobs that were there already.
+        self.met: set[str] = set()
         self._partitions: set[str] = set()
 
     @contextmanager
@@ -139,6 +142,7 @@ class _Batch:
             first = {line.job_id: line for line in reversed(lines)}
             fresh = [line for key, line in first.items() if job_key(self.plan.run, key) not in there]
             fresh.reverse()
+            self.met.update(there.values())
             self.skipped += len(lines) - len(fresh)
             lines = fresh
         self._refuse_doubles(lines)
@@ -279,24 +283,28 @@ def close_batch(rt: Runtime, batch: Document) -> bool:
         rt.store, batch["_id"], "closing", expected=("open", "interrupted", "closing", "closed")
     ):
         return True  # it is being taken back
-    messages.open_drafts(rt.store, batch["_id"])
+    published = True
+    # Page by page: a run of millions has more drafts than one write can open in time.
+    while page := messages.drafts(rt.store, batch["_id"], PAGE):
+        messages.open_drafts(rt.store, [row["_id"] for row in page])
+        # Without a broker the rest is opened all the same; the sweep publishes it.
+        published = published and publish_or_leave(rt, page)
     counters.release(rt.store, SEED_PREFIX + batch["_id"])
     manifests.set_batch(rt.store, batch["_id"], "closed", expected=("closing",))
-    published = True
-    found = messages.open_of_batch(rt.store, batch["_id"])
-    while page := list(itertools.islice(found, PAGE)):
-        published = publish_or_leave(rt, page)
-        if not published:
-            break
     return published
 
 
 def remove_batch(rt: Runtime, run: str, batch: str) -> None:
-    """Take a batch back that never showed itself; may be asked again after any crash."""
-    messages.delete_batch(rt.store, batch)
-    jobs.delete_batch(rt.store, run, batch)
+    """Take a batch back that never showed itself; may be asked again after any crash.
+
+    Its jobs are found by its own events: a look at all jobs of a run would take longer than a call may.
+    """
+    while page := messages.drafts(rt.store, batch, PAGE):
+        messages.delete(rt.store, [row["_id"] for row in page])
+    while event := events.of_batch(rt.store, batch):
+        jobs.delete(rt.store, [job_key(run, job_id) for job_id in event["jobs"]], batch)
+        events.delete(rt.store, event["_id"])
     counters.delete_process(rt.store, SEED_PREFIX + batch)
-    events.delete_batch(rt.store, run, batch)
     manifests.delete_batch(rt.store, batch)
 
 

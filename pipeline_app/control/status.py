@@ -108,7 +108,9 @@ def status(rt: Runtime, run: str, *, queues: bool = True) -> Status:
     """
     manifest = manifests.get(rt.store, run)
     plan = RunPlan.of(manifest)
-    totals = counters.totals(rt.store, plan.run)
+    with rt.store.snapshot() as session:
+        # At one instant: read in two halves, jobs on their way from one counter to another would be in neither.
+        totals = counters.totals(rt.store, plan.run, session)
     running = _running(rt, plan.run)
     alive = workers.alive(rt.store)
     warnings: list[str] = []

@@ -11,12 +11,14 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 from pipeline_app.control import cancelling, seeding
 from pipeline_app.control.publishing import publish_or_leave
 from pipeline_app.domain.outcome import ErrorRecord
+from pipeline_app.domain.partition import queue_stage
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import BrokerError, StoreError
 from pipeline_app.flow.enqueue import enqueued_state, new_messages, then_queue
@@ -34,6 +36,8 @@ LEASE_S = 10.0
 EVERY_S = 1.0
 #: Depths are asked of the broker this often, not at every round.
 FORGOTTEN_EVERY_S = 5.0
+#: Jobs that wait for a worker with their definition are tried this often.
+DEFINITIONS_EVERY_S = 5.0
 #: Counters that nobody has added to for FOLD_IDLE_S are folded this often.
 FOLD_EVERY_S = 30.0
 FOLD_IDLE_S = 60.0
@@ -126,7 +130,19 @@ def end_leases(rt: Runtime) -> None:
             continue
         lost = ErrorRecord(type="WorkerLost", message=f"the lease of {message['worker']} ended", traceback="")
         logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
-        publish_or_leave(rt, give_back(rt, message, lost=lost))
+        with _contained("taking back", message["_id"]):
+            publish_or_leave(rt, give_back(rt, message, lost=lost))
+
+
+@contextmanager
+def _contained(what: str, which: object) -> Iterator[None]:
+    """One thing that cannot be done, whatever it trips over, must not keep a duty from the others."""
+    try:
+        yield
+    except (StoreError, BrokerError):
+        raise
+    except Exception:
+        logger.exception("%s: %s", what, which)
 
 
 def release_due(rt: Runtime) -> None:
@@ -134,8 +150,8 @@ def release_due(rt: Runtime) -> None:
     while True:
         hidden = seeding.hidden_batches(rt)
         rows = jobs.due(rt.store, rt.store.now(), JOBS_PAGE, hidden)
-        enqueue_parked(rt, rows, "due")
-        if len(rows) < JOBS_PAGE:
+        # What cannot be moved is looked at in the next round, not over and over in this one.
+        if not enqueue_parked(rt, rows, "due") or len(rows) < JOBS_PAGE:
             return
 
 
@@ -146,9 +162,10 @@ def enqueue_parked(rt: Runtime, rows: Sequence[Document], why: str) -> int:
         groups[row["run"], row["stage"], row["partition"], row["state"]].append(row)
     moved = 0
     for (run, stage, partition, state), group in groups.items():
-        fresh = _enqueue_group(rt, run, stage, partition, JobState(state), group, why)
-        moved += sum(len(message["jobs"]) for message in fresh)
-        publish_or_leave(rt, fresh)
+        with _contained("enqueueing", run):
+            fresh = _enqueue_group(rt, run, stage, partition, JobState(state), group, why)
+            moved += sum(len(message["jobs"]) for message in fresh)
+            publish_or_leave(rt, fresh)
     return moved
 
 
@@ -238,13 +255,22 @@ def release_definitions(rt: Runtime) -> None:
     waiting = manifests.matching(rt.store, {"awaits_definition": {"$ne": None}})
     if not waiting:
         return
-    known = {digest for row in workers.alive(rt.store) for digest in row.get("definitions", ())}
+    known: dict[str, set[str]] = defaultdict(set)
+    for row in workers.alive(rt.store):
+        for digest in row["definitions"]:
+            known[digest].update(row["stages"], (queue_stage(queue) for queue in row["queues"]))
+    # Not those that come to wait meanwhile: where old and new workers share a queue they might come for ever.
+    before = rt.store.now()
     for manifest in waiting:
-        if manifest["hash"] not in known:
+        names = known[manifest["hash"]]
+        stages = [s["name"] for s in manifest["definition"]["stages"] if f"{manifest['pipeline']}.{s['name']}" in names]
+        if not stages:
             continue
-        while rows := jobs.waiting_for_definition(rt.store, manifest["_id"], JOBS_PAGE):
+        while rows := jobs.waiting_for_definition(rt.store, manifest["_id"], stages, before, JOBS_PAGE):
             if not enqueue_parked(rt, rows, "definition"):
                 break
+        if len(stages) < len(manifest["definition"]["stages"]):
+            continue
         # Only if nobody has come to wait since: the flag was written with the jobs, in one transaction.
         unchanged = {"awaits_definition": manifest["awaits_definition"]}
         manifests.update(rt.store, manifest["_id"], {"awaits_definition": None}, **unchanged)
@@ -262,7 +288,7 @@ DUTIES: tuple[tuple[Callable[[Runtime], None], float], ...] = (
     (release_due, 0),
     (publish_unpublished, 0),
     (publish_forgotten, FORGOTTEN_EVERY_S),
-    (release_definitions, 0),
+    (release_definitions, DEFINITIONS_EVERY_S),
     (seeding.sweep, 0),
     (cancelling.sweep, 0),
     (fold_counters, FOLD_EVERY_S),

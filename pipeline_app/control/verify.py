@@ -84,7 +84,7 @@ def verify(rt: Runtime, run: str, *, progress: Callable[[int], None] = lambda lo
     Raises NotFoundError, StoreError. A broker that is away makes the answer inexact.
     """
     plan = RunPlan.of(manifests.get(rt.store, run))
-    with rt.store.snapshot() as session:
+    with rt.store.unhurried(), rt.store.snapshot() as session:
         stored = jobs.count_by_state(rt.store, plan.run, session)
         totals = counters.totals(rt.store, plan.run, session)
         found = Verification(run=plan.run, exact=False, seeded=_seeded(totals), states=_by_state(stored))

@@ -47,6 +47,11 @@ def queue_name(pipeline: str, stage: str, partition: str) -> str:
     return base if partition == DEFAULT else f"{base}.{partition}"
 
 
+def queue_stage(queue: str) -> str:
+    """`survey.load` of any of the stage's queues."""
+    return ".".join(queue.split(".", 2)[:2])
+
+
 def _escape(token: str) -> str:
     """`token` without `__` inside or `_` at its ends, reversibly; other bytes become `~` and two hex digits."""
     raw = token.encode("utf-8", "surrogatepass")

@@ -142,8 +142,13 @@ class Pipeline:
 
     @property
     def hash(self) -> str:
-        """16 hex digits of the definition; a worker runs only jobs of runs whose definition it has."""
-        text = json.dumps(self.definition(), sort_keys=True)
+        """16 hex digits of the definition; a worker runs only jobs of runs whose definition it has.
+
+        Retry policies and budgets are left out: they may be changed while a run goes on.
+        """
+        definition = self.definition()
+        stages = [{key: row[key] for key in ("name", "handler", "chunk")} for row in definition["stages"]]
+        text = json.dumps({**definition, "stages": stages}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:

@@ -63,7 +63,7 @@ class Flow:
         self._stopping = when_stopping
         self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
         self._records: Group[record.Record, list[Document]] = Group(
-            lambda rows: record.record_together(rt, rows), limit=RECORD_JOBS, weight=lambda row: len(row.outcomes)
+            lambda rows: record.record_together(rt, rows), limit=RECORD_JOBS, weight=record.weight
         )
         self._forwards: Group[list[Document], bool] = Group(self._forward)
 

@@ -46,8 +46,16 @@ def publish(rt: Runtime, documents: Sequence[Document]) -> None:
     hints = [row for row in documents if row["stage"] != messages.THEN]
     rt.publisher.publish([_envelope(rt, rt.memory.need_plan(row["run"]), row) for row in hints])
     for row in documents:
-        if row["stage"] == messages.THEN:
+        if row["stage"] != messages.THEN:
+            continue
+        try:
             _call_then(rt, rt.memory.need_plan(row["run"]), row)
+        except (BrokerError, StoreError):
+            raise
+        except Exception:
+            # The user's own signature is at fault: it must not stand in the way of everything behind it.
+            logger.exception("cannot send results: message=%s run=%s", row["_id"], row["run"])
+            messages.postpone(rt.store, [row["_id"]], messages.FORGOTTEN_AFTER_S)
 
 
 def task_name(pipeline: str, stage: str) -> str:

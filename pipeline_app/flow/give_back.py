@@ -30,8 +30,8 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
     """
     plan = rt.memory.need_plan(message["run"])
     stage = plan.stage(message["stage"])
-    if lost:
-        # Killed in the middle of its record, it holds these very documents.
+    if lost and message["process"] != rt.process:
+        # Killed in the middle of its record, it holds these very documents. (Ours would be other threads' records.)
         rt.store.end_transactions(message["process"])
     while True:
         keys = [job_key(plan.run, job) for job in message["jobs"]]

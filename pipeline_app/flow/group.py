@@ -71,14 +71,16 @@ class Group(Generic[Item, Result]):
             while self._waiting and self._weight(self._waiting[0].item) <= room:
                 others.append(self._waiting.popleft())
                 room -= self._weight(others[-1].item)
-        self._do([own, *others])
-        for place in others:
-            place.woken.set()
-        with self._lock:
-            successor = self._waiting.popleft() if self._waiting else None
-            self._led = successor is not None
-        if successor is not None:
-            successor.woken.set()
+        try:
+            self._do([own, *others])
+        finally:
+            for place in others:
+                place.woken.set()
+            with self._lock:
+                successor = self._waiting.popleft() if self._waiting else None
+                self._led = successor is not None
+            if successor is not None:
+                successor.woken.set()
 
     def _do(self, places: Sequence[_Place[Item, Result]]) -> None:
         try:

@@ -23,6 +23,8 @@ from pipeline_app.store.transition import JobMove, NotFittingError, Transition
 
 logger = logging.getLogger(__name__)
 
+#: Outputs up to this size count as one job each in a transaction.
+BYTES_PER_JOB = 16 * 1024
 #: Rounds of leaving out what does not fit before something must be wrong with the plan itself.
 MAX_ROUNDS = 10
 
@@ -41,15 +43,23 @@ class Record:
     next_messages: list[Document] = field(default_factory=list)
 
 
+def weight(record: Record) -> int:
+    """Jobs in the record, or how many its outputs weigh as much as: a transaction is bounded by both."""
+    size = sum(len(outcome.output.raw) for outcome in record.outcomes if outcome.output is not None)
+    return max(len(record.outcomes), size // BYTES_PER_JOB)
+
+
 def record_together(rt: Runtime, records: Sequence[Record]) -> list[list[Document]]:
     """Record all and give each one's next messages; a record that lost its claim has none.
 
     Raises StoreError: then ask again with the same records, until it is known.
     """
     left = list(records)
-    for _ in range(MAX_ROUNDS):
-        if not left:
-            break
+    rounds = 0
+    while left:
+        rounds += 1
+        if rounds > MAX_ROUNDS:
+            raise RuntimeError(f"a record of {len(records)} messages kept being refused in part")
         now = rt.store.now()
         whole = Transition(now=now)
         for record in left:
@@ -63,8 +73,6 @@ def record_together(rt: Runtime, records: Sequence[Record]) -> list[list[Documen
             break
         except NotFittingError as exc:
             left = _without_refused(rt, left, exc)
-    else:
-        raise RuntimeError(f"a record of {len(records)} messages kept being refused in part")
     _keep_refused(rt, records)
     return [record.next_messages for record in records]
 
@@ -169,12 +177,13 @@ def _cancel(record: Record, plan: Transition, group: Sequence[Outcome], now: dat
     _count_leaving(record, plan, JobState.CANCELLED, len(group))
 
 
-def _await_definition(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
+def _await_definition(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     state = {"state": JobState.WAITING, "reason": WaitReason.DEFINITION, "message": None}
     plan.moves.append(_move(record.work, [outcome.job_id for outcome in group], state))
     _count_leaving(record, plan, JobState.WAITING, len(group))
-    # Seen by the sweep not before the jobs themselves: it is the same transaction.
-    plan.manifest_flags[record.work.plan.run] = {"awaits_definition": now}
+    # Seen by the sweep not before the jobs themselves: it is the same transaction. The message makes it unlike any
+    # other, so that the sweep takes back only the flag that it has served.
+    plan.manifest_flags[record.work.plan.run] = {"awaits_definition": record.work.message}
 
 
 _MAKERS: dict[Move, Callable[[Record, Transition, Sequence[Outcome], datetime], None]] = {

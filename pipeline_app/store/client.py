@@ -52,7 +52,7 @@ _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
 #: Codes of the server that mean "not you": not authorised, not authenticated.
 _REFUSED_CODES = {13, 18}
 #: Codes of the server that mean "not now": stepping down, shutting down, out of time.
-_AWAY_CODES = {6, 7, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
+_AWAY_CODES = {6, 7, 43, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436}
 
 
 class Store:
@@ -114,6 +114,12 @@ class Store:
         """A session whose reads all see the store as it was at one instant, for at most five minutes."""
         with translated(self), self._client.start_session(snapshot=True) as session:
             yield session
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Calls in here may take as long as they take: full counts of large runs."""
+        with pymongo.timeout(None):
+            yield
 
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Run `work` as one transaction and commit it; it may be run several times.

@@ -29,10 +29,16 @@ def since(store: Store, run: str, after: ObjectId | None, limit: int) -> list[Do
         return list(store.db.pipeline_events.find(query).sort("_id", 1).limit(limit))
 
 
-def delete_batch(store: Store, run: str, batch: str) -> None:
-    """Remove the events of a batch that is taken back."""
+def of_batch(store: Store, batch: str) -> Document | None:
+    """The first event of a seed batch that is being taken back; None if none is left."""
     with translated(store):
-        store.db.pipeline_events.delete_many({"run": run, "batch": batch})
+        return store.db.pipeline_events.find_one({"batch": batch}, sort=[("_id", 1)])
+
+
+def delete(store: Store, event: ObjectId) -> None:
+    """Remove an event of a batch that is taken back."""
+    with translated(store):
+        store.db.pipeline_events.delete_one({"_id": event})
 
 
 def recorded_jobs(store: Store, run: str, session: Session | None = None) -> dict[str, int]:

@@ -72,10 +72,11 @@ def get(store: Store, run: str, job_id: str) -> Document | None:
         return store.db.job_states.find_one({"_id": job_key(run, job_id)})
 
 
-def existing(store: Store, keys: Sequence[str]) -> set[str]:
-    """Those of `keys` that are in the store."""
+def existing(store: Store, keys: Sequence[str]) -> dict[str, str]:
+    """Those of `keys` that are in the store, and the seed batch of each."""
     with translated(store):
-        return {row["_id"] for row in store.db.job_states.find({"_id": {"$in": list(keys)}}, {"_id": 1})}
+        rows = store.db.job_states.find({"_id": {"$in": list(keys)}}, {"batch": 1})
+        return {row["_id"]: row["batch"] for row in rows}
 
 
 def due(store: Store, now: datetime, limit: int, skip_batches: Sequence[str] = ()) -> list[Document]:
@@ -87,9 +88,17 @@ def due(store: Store, now: datetime, limit: int, skip_batches: Sequence[str] = (
         return list(store.db.job_states.find(query, {"payload": 0}).sort("due_at", 1).limit(limit))
 
 
-def waiting_for_definition(store: Store, run: str, limit: int) -> list[Document]:
-    """Jobs of a run that no worker with its definition could take."""
-    query = {"run": run, "state": JobState.WAITING, "reason": "definition"}
+def waiting_for_definition(
+    store: Store, run: str, stages: Sequence[str], before: datetime, limit: int
+) -> list[Document]:
+    """Jobs of a run that came to wait in these stages, before that, for a worker with its definition."""
+    query = {
+        "run": run,
+        "state": JobState.WAITING,
+        "stage": {"$in": list(stages)},
+        "reason": "definition",
+        "updated_at": {"$lt": before},
+    }
     with translated(store):
         return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
 
@@ -157,7 +166,7 @@ def count_by_state(store: Store, run: str, session: Session | None = None) -> di
         return {(row["_id"]["stage"], row["_id"]["state"]): row["n"] for row in rows}
 
 
-def delete_batch(store: Store, run: str, batch: str) -> None:
-    """Remove the jobs of a batch that is taken back."""
+def delete(store: Store, keys: Sequence[str], batch: str) -> None:
+    """Remove jobs of a batch that is taken back."""
     with translated(store):
-        store.db.job_states.delete_many({"run": run, "batch": batch})
+        store.db.job_states.delete_many({"_id": {"$in": list(keys)}, "batch": batch})

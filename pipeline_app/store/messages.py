@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 from bson import ObjectId
@@ -157,11 +157,17 @@ def states(store: Store, ids: Sequence[str], session: Session | None = None) -> 
         return {row["_id"]: row["state"] for row in rows}
 
 
-def open_drafts(store: Store, batch: str) -> None:
-    """The batch is closed: its messages may go."""
+def drafts(store: Store, batch: str, limit: int) -> list[Document]:
+    """Some messages of a seed batch that are not open yet."""
+    with translated(store):
+        return list(store.db.messages.find({"batch": batch, "state": MessageState.DRAFT}).limit(limit))
+
+
+def open_drafts(store: Store, ids: Sequence[str]) -> None:
+    """The batch is closed: these of its messages may go."""
     with translated(store):
         store.db.messages.update_many(
-            {"batch": batch, "state": MessageState.DRAFT},
+            {"_id": {"$in": list(ids)}, "state": MessageState.DRAFT},
             {
                 "$set": {
                     "state": MessageState.OPEN,
@@ -180,17 +186,18 @@ def close_open(store: Store, run: str, queues: Sequence[str]) -> int:
         ).modified_count
 
 
-def open_of_batch(store: Store, batch: str) -> Iterator[Document]:
-    """Messages of a seed batch that are open and unpublished, oldest first."""
-    query = {"batch": batch, "state": MessageState.OPEN, "published_at": None}
+def delete(store: Store, ids: Sequence[str]) -> None:
+    """Remove drafts of a batch that is taken back."""
     with translated(store):
-        yield from store.db.messages.find(query).sort("_id", 1).batch_size(200)
+        store.db.messages.delete_many({"_id": {"$in": list(ids)}, "state": MessageState.DRAFT})
 
 
-def delete_batch(store: Store, batch: str) -> None:
-    """Remove the drafts of a batch that is taken back."""
+def postpone(store: Store, ids: Sequence[str], seconds: float) -> None:
+    """Look at these again only after a while: they cannot be published as they are."""
     with translated(store):
-        store.db.messages.delete_many({"batch": batch, "state": MessageState.DRAFT})
+        store.fast.messages.update_many(
+            {"_id": {"$in": list(ids)}}, {"$set": {"check_at": store.now() + timedelta(seconds=seconds)}}
+        )
 
 
 def count_published(store: Store, queue: str) -> int:

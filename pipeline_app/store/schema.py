@@ -51,7 +51,12 @@ INDEXES: dict[str, list[IndexModel]] = {
         # Successes are read by _id only; the failures are what people look for.
         _index("run", "stage", "outcome", "_id", name="failures", partialFilterExpression={"error": {"$exists": True}}),
     ],
-    "pipeline_events": [_index("run", "jobs", name="run_job"), _index("run", "_id", name="run")],
+    "pipeline_events": [
+        _index("run", "jobs", name="run_job"),
+        _index("run", "_id", name="run"),
+        # What a seed batch added, a page of jobs in each; nothing else has a batch.
+        _index("batch", "_id", name="batch", partialFilterExpression={"batch": {"$exists": True}}),
+    ],
     "run_counters": [
         _index("run", name="run"),
         _index("at", name="idle", partialFilterExpression={"at": {"$exists": True}}),

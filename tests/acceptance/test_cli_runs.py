@@ -175,13 +175,13 @@ def test_standard_input_keeps_what_came_before_a_bad_line(project: Project, sour
 
 
 def test_a_seeding_that_is_stopped_is_noticed_and_goes_on(project: Project) -> None:
-    # Given a seeding from a pipe that is stopped after its first page
+    # Given a seeding from a pipe, which publishes as it comes and is stopped before the last job
     project.json("run", "init", "r1", "--pipeline", "demo")
     lines = [json.dumps({"job_id": f"j{n}", "payload": {"n": n}}) + "\n" for n in range(1001)]
     command = ("pipeline-app", "run", "seed", "r1", "--jobs", "-")
     with started(project, *command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        process.stdin.write("".join(lines))
+        process.stdin.write("".join(lines[:-1]))
         process.stdin.flush()
         eventually(lambda: project.json("run", "status", "r1")["seeded"] == 1000)
         process.send_signal(signal.SIGINT)

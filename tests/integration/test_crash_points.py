@@ -118,10 +118,10 @@ def live_on(rt: Runtime, dead: set[str]) -> None:
     """What the sweep does once every time is over."""
     for process in dead:
         rt.store.end_transactions(process)
+    sweep.end_leases(rt)
     backdate(rt, "seed_batches", 3600, "lease_until")
     backdate(rt, "messages", 3600, "check_at")
     backdate(rt, "run_counters", 3600, "at")
-    sweep.end_leases(rt)
     sweep.Sweep(lambda: rt).round(rt)
 
 
