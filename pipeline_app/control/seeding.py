@@ -78,6 +78,8 @@ def seed(
     manifest = manifests.get(rt.store, run)
     if manifest["cancelled_at"] is not None:
         raise RefusedError(f"run {manifest['_id']} was cancelled", hint="make another run")
+    if skip_existing:
+        sweep(rt)  # a seeder that died may not have been noticed yet: no worker need be there
     batch = _Batch(rt, RunPlan.of(manifest), whole=whole, skip_existing=skip_existing)
     with batch.leased():
         try:

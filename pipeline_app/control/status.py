@@ -205,7 +205,7 @@ def _warnings(
         work = row.states[JobState.PENDING] + row.states[JobState.RUNNING]
         idle = [part.queue for part in row.partitions if part.ready and part.consumers == 0]
         remedy = f"start a worker with -Q {manifest['pipeline']}.{row.stage}"
-        if idle:
+        if idle and work:
             found.append(f"nothing consumes {', '.join(idle)}: {remedy}")
         elif queues and work and not row.workers:
             found.append(f"no worker runs stage {row.stage}: {remedy}")

@@ -152,9 +152,9 @@ class Job:
     run: str
     stage: str
     tags: Mapping[str, str]
-    #: 1 for the first execution in this stage and generation.
+    #: One more than the failures in this stage and generation; an execution that lost its worker is no failure.
     attempt: int
     #: Stable for job, stage and generation: give it to providers that take idempotency keys.
     key: str
-    #: Logs with the job's ids in every line.
+    #: Logs with `run`, `stage` and `job` as attributes of every record, for your formatter.
     log: logging.LoggerAdapter[logging.Logger] = field(repr=False, compare=False)

@@ -180,7 +180,6 @@ class WorkerProcess:
             self.lifeline.end(rt.store)
         except StoreError as exc:
             logger.warning("could not say goodbye, the lease will end: %s", exc)
-        rt.close()
 
     def _record(self, consumer: Any) -> Document:
         pool = type(consumer.pool).__module__.rpartition(".")[2]

@@ -52,8 +52,10 @@ def after(n: int) -> dict[str, int]:
 
 
 def register(rt: Runtime, worker: str, **fields: Any) -> None:
-    """A worker that is alive."""
-    record = {"worker": worker, "state": "running", "ended_at": None, "queues": [], "concurrency": 1, **fields}
+    """A worker that is alive, and runs every stage."""
+    stages = [f"{chosen.name}.{stage.name}" for chosen in rt.pipelines.values() for stage in chosen.stages]
+    fields = {"queues": [], "stages": stages, "definitions": [], "concurrency": 1, **fields}
+    record = {"worker": worker, "state": "running", "ended_at": None, **fields}
     workers.register(rt.store, worker, record)
 
 
@@ -254,8 +256,8 @@ def test_jobs_wait_for_a_worker_that_knows_their_definition(project: Project) ->
     assert not any("definition" in warning for warning in status(rt, "r").warnings)
 
 
-def test_a_run_that_is_made_again_by_changed_code_is_no_other_definition(project: Project) -> None:
-    """Given a job that came to wait while the others were released, then the run is still looked at."""
+def test_a_job_that_waits_again_is_released_again(project: Project) -> None:
+    """Given released jobs that met a worker with other code again, then they are released once more."""
     old = pipeline(double)
     new = Pipeline(old.name, [Stage(double, chunk=7)])
     rt, changed = project.runtime(old), project.runtime(new)
