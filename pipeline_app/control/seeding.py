@@ -20,13 +20,13 @@ from typing import Any
 
 from pipeline_app.control import paging
 from pipeline_app.control.paging import PAGE
-from pipeline_app.control.publishing import publish_or_leave
 from pipeline_app.domain.job import JobLine, job_key
 from pipeline_app.domain.partition import partition_key, queue_name, target_tags
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, PipelineError, RefusedError, StoreError
 from pipeline_app.flow.enqueue import new_messages
+from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, events, jobs, manifests, messages, partitions, transition
 from pipeline_app.store.client import Document

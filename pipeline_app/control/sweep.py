@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 from pipeline_app.control import cancelling, seeding
-from pipeline_app.control.publishing import publish_or_leave
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import BrokerError, StoreError
 from pipeline_app.flow.enqueue import enqueued_state, new_messages, then_queue
+from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, jobs, manifests, messages, partitions, transition, workers

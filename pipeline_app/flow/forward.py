@@ -58,6 +58,22 @@ def publish(rt: Runtime, documents: Sequence[Document]) -> None:
             messages.postpone(rt.store, [row["_id"]], messages.FORGOTTEN_AFTER_S)
 
 
+def publish_or_leave(rt: Runtime, documents: Sequence[Document]) -> bool:
+    """Publish messages and note it, outside of the hot path; False if the broker is away: then the sweep does it.
+
+    Raises StoreError.
+    """
+    if not documents:
+        return True
+    try:
+        publish(rt, documents)
+    except BrokerError as exc:
+        logger.warning("not published: messages=%d: %s; the sweep will", len(documents), exc)
+        return False
+    messages.note_published(rt.store, [row["_id"] for row in documents if row["stage"] != messages.THEN])
+    return True
+
+
 def task_name(pipeline: str, stage: str) -> str:
     """Name of a stage's Celery task."""
     return f"{pipeline}.{stage}"

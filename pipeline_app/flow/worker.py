@@ -23,8 +23,8 @@ from celery.worker.consumer import Consumer
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import DEFAULT, queue_name
 from pipeline_app.domain.pipeline import Pipeline
-from pipeline_app.errors import BrokerError, StoreError
-from pipeline_app.flow import forward
+from pipeline_app.errors import StoreError
+from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.flow.give_back import give_back, take_open
 from pipeline_app.flow.lifeline import Lifeline, Shared
 from pipeline_app.runtime import Runtime, process_id
@@ -108,7 +108,7 @@ class Janitor:
                 taken = take_open(rt, message)
                 rows = [taken] if taken else []
             for row in rows:
-                publish_now(rt, give_back(rt, row, lost=lost))
+                publish_or_leave(rt, give_back(rt, row, lost=lost))
         except StoreError as exc:
             logger.warning("giving back waits: message=%s: %s", message, exc)
             return False
@@ -116,15 +116,6 @@ class Janitor:
             # It stays claimed by this worker until that ends; retrying a bug for ever helps nobody.
             logger.exception("cannot give back: message=%s", message)
         return True
-
-
-def publish_now(rt: Runtime, documents: list[Document]) -> None:
-    """Publish what was given back; what fails is the sweep's."""
-    try:
-        forward.publish(rt, documents)
-        messages.note_published(rt.store, [row["_id"] for row in documents])
-    except (BrokerError, StoreError) as exc:
-        logger.warning("not published: messages=%d: %s; the sweep will", len(documents), exc)
 
 
 class WorkerProcess:
@@ -176,7 +167,7 @@ class WorkerProcess:
         try:
             for row in messages.claimed(rt.store, worker=self.shared.incarnation):
                 logger.info("giving back: message=%s", row["_id"])
-                publish_now(rt, give_back(rt, row, lost=None))
+                publish_or_leave(rt, give_back(rt, row, lost=None))
             self.lifeline.end(rt.store)
         except StoreError as exc:
             logger.warning("could not say goodbye, the lease will end: %s", exc)

@@ -201,7 +201,7 @@ def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runt
 
     logging.basicConfig(handlers=[_Warnings()], level=logging.WARNING)
     # It would say for every page of jobs what the command says once.
-    logging.getLogger("pipeline_app.control.publishing").setLevel(logging.ERROR)
+    logging.getLogger("pipeline_app.flow.forward").setLevel(logging.ERROR)
     chosen = settings.current()
     rt = client_runtime(chosen if pipelines else chosen.model_copy(update={"pipelines": ()}))
     try:
