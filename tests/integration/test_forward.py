@@ -15,6 +15,7 @@ from kombu import Connection, Queue
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
 from pipeline_app.control import runs, seeding, sweep
+from pipeline_app.domain.job import idempotency_key
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.errors import BrokerError
 from pipeline_app.flow.consume import Flow
@@ -301,4 +302,4 @@ def test_results_are_called_for_again_under_the_same_key(project: Project) -> No
     ((again,),) = in_broker(rt, theirs)
     assert again == first
     assert [(found["job_id"], found["result"]) for found in first] == [("j0", 0), ("j1", 2)]
-    assert len({found["key"] for found in first}) == 2
+    assert [found["key"] for found in first] == [idempotency_key("r", f"j{n}", messages.THEN, 0) for n in range(2)]

@@ -124,11 +124,15 @@ def test_leases_end_by_the_clock_of_the_store(project: Project, rt: Runtime) -> 
     wrong = FastClock(project.mongodb_url)
     workers.register(wrong, "w", {"ended_at": None})
 
-    alive, expired = workers.alive(rt.store), workers.expired(wrong)
+    alive, alive_too, expired = workers.alive(rt.store), workers.alive(wrong), workers.expired(wrong)
     server_now = rt.store.db.command("hello")["localTime"].replace(tzinfo=UTC)
+    assert workers.lead(rt.store, "sweep", "a", 10)
+    assert not workers.lead(wrong, "sweep", "b", 10)
+    assert not workers.end_stale(wrong, "w")
     wrong.close()
 
-    assert ([row["_id"] for row in alive], expired) == (["w"], [])
+    assert [row["_id"] for row in alive] == ["w"]
+    assert (alive_too, expired) == (alive, [])
     assert timedelta() < alive[0]["lease_until"] - server_now <= timedelta(seconds=workers.LEASE_S)
 
 

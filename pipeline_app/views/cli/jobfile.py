@@ -7,8 +7,8 @@ whatever else can be read only once, is taken as it comes. Either way a line at 
 from __future__ import annotations
 
 import codecs
+import io
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +65,8 @@ def name(path: str) -> str:
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     if path == STANDARD_INPUT:
-        yield sys.stdin.buffer
+        # Not sys.stdin: seeding reads in a thread, and at a Ctrl-C Python would abort over a lock that it still holds.
+        yield io.BufferedReader(io.FileIO(0, closefd=False))
         return
     try:
         file = Path(path).open("rb")  # noqa: SIM115 - an error of whoever reads it is not one of opening
