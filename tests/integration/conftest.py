@@ -1,13 +1,16 @@
-"""Fixtures of the integration tests: services whose connection can be cut."""
+"""Fixtures of the integration tests: services whose connection can be cut, a process's flow, a handler that waits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
+from pipeline_app.control import paging
 from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime
+from tests.integration.gate import Gate
+from tests.integration.helpers import NewFlow
 from tests.integration.proxy import MongoProxy, Proxy
 from tests.project import Project
 from tests.services import TestServices
@@ -30,7 +33,7 @@ def amqp_proxy(services: TestServices) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def new_flow(project: Project) -> Iterator[Callable[[Runtime], Flow]]:
+def new_flow(project: Project) -> Iterator[NewFlow]:
     """Makes a process's flow, whose notes are written before the connections end."""
     made: list[Flow] = []
 
@@ -41,3 +44,17 @@ def new_flow(project: Project) -> Iterator[Callable[[Runtime], Flow]]:
     yield make
     for flow in made:
         flow.notes.flush()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A handler that waits until the test lets it go on."""
+    made = Gate()
+    yield made
+    made.may_end.set()
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeding adds two jobs at a time."""
+    monkeypatch.setattr(paging, "PAGE", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +17,16 @@ from pipeline_app.control import runs, seeding
 from pipeline_app.control.verify import Verification, verify
 from pipeline_app.domain.hint import Hint
 from pipeline_app.domain.states import MessageState
+from pipeline_app.flow import claim
 from pipeline_app.flow.consume import ChunkFailedError, Flow
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import jobs, partitions
+from pipeline_app.store import jobs, messages, partitions, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.depth import depths
 from pipeline_app.transport.topology import named_queue
+
+#: The fixture `new_flow`.
+NewFlow = Callable[[Runtime], Flow]
 
 
 def pipeline(*stages: Stage | Callable[..., Any], **options: Any) -> Pipeline:
@@ -142,3 +147,42 @@ def in_threads(*work: Callable[[], object]) -> None:
     with ThreadPoolExecutor(len(work)) as pool:
         for future in [pool.submit(one) for one in work]:
             future.result()
+
+
+def double(n: int) -> int:
+    """A handler."""
+    return n * 2
+
+
+def as_row(n: int) -> dict[str, int]:
+    """A handler for a last stage."""
+    return {"n": n}
+
+
+def register(rt: Runtime, worker: str, **fields: Any) -> None:
+    """A worker that is alive, and runs every stage."""
+    stages = [f"{chosen.name}.{stage.name}" for chosen in rt.pipelines.values() for stage in chosen.stages]
+    fields = {"queues": [], "stages": stages, "definitions": [], "concurrency": 1, **fields}
+    record = {"worker": worker, "state": "running", "ended_at": None, **fields}
+    workers.register(rt.store, worker, record)
+
+
+def open_ids(rt: Runtime, run: str = "r") -> list[str]:
+    """Ids of a run's open messages, oldest first."""
+    return [hint.message for hint in hints(rt, run)]
+
+
+def take(rt: Runtime, worker: str, *ids: str) -> list[Document]:
+    """A claim that the worker will never record."""
+    return messages.claim(rt.store, ids, worker=worker, process=worker, token=f"{worker}/1")
+
+
+def claimed(rt: Runtime) -> list[claim.Work]:
+    """What is open, claimed by this process."""
+    return [work for work in claim.claim(rt, open_ids(rt), rt.token()) if work is not None]
+
+
+def try_run(flow: Flow, hint: Hint) -> None:
+    """Run a hint; its jobs may fail."""
+    with contextlib.suppress(ChunkFailedError):
+        flow.run(hint)

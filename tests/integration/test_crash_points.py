@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,3 +229,16 @@ def test_a_round_of_the_sweep(nursery: Nursery, rt: Runtime) -> None:
 
     for run in each_gap(nursery, rt, "one_round", arrange):
         finish(rt, run)
+
+
+def test_the_table_names_tests_that_exist() -> None:
+    """Given docs/crash-points.md, then every test that it names is there."""
+    text = (REPOSITORY / "docs" / "crash-points.md").read_text()
+    folder = REPOSITORY / "tests" / "integration"
+    there = {name for file in folder.glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    there |= {f"{file.name}::{name}" for file in folder.glob("test_*.py") for name in there if name in file.read_text()}
+
+    named = set(re.findall(r"`(?:…::)?((?:test_\w+\.py::)?test_\w+)`", text))
+
+    assert len(named) > 30
+    assert named - there == set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,17 +18,14 @@ from pipeline_app.control import runs, seeding, sweep
 from pipeline_app.domain.job import idempotency_key
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.errors import BrokerError
-from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
 from pipeline_app.transport.depth import depths
 from pipeline_app.transport.publisher import Envelope
 from pipeline_app.transport.topology import named_queue
-from tests.integration.helpers import backdate, begin, hints, in_broker, lines, pipeline, prove, pump
+from tests.integration.helpers import NewFlow, backdate, begin, hints, in_broker, lines, pipeline, prove, pump
 from tests.integration.proxy import Proxy
 from tests.project import Project, eventually
-
-NewFlow = Callable[[Runtime], Flow]
 
 
 def double(n: int) -> int:

@@ -15,12 +15,22 @@ from pipeline_app import Job, PermanentError, Retry, Stage
 from pipeline_app.control import sweep
 from pipeline_app.control.ledger import failures
 from pipeline_app.domain.states import DeadKind, JobState
-from pipeline_app.flow.consume import ChunkFailedError, Flow
+from pipeline_app.flow.consume import ChunkFailedError
 from pipeline_app.runtime import Runtime
-from tests.integration.helpers import attempts, backdate, begin, hints, job, lines, outcomes, pipeline, prove, pump
+from tests.integration.helpers import (
+    NewFlow,
+    attempts,
+    backdate,
+    begin,
+    hints,
+    job,
+    lines,
+    outcomes,
+    pipeline,
+    prove,
+    pump,
+)
 from tests.project import Project, eventually
-
-NewFlow = Callable[[Runtime], Flow]
 
 
 class Item(BaseModel):

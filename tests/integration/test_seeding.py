@@ -9,39 +9,33 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, paging, runs, seeding, sweep
+from pipeline_app.control import cancelling, runs, seeding, sweep
 from pipeline_app.control.results import results
 from pipeline_app.control.status import status
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.states import MessageState
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, NotFoundError, RefusedError
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import counters, manifests
+from pipeline_app.store import manifests
 from tests.integration.helpers import (
     backdate,
-    begin,
     by_state,
+    double,
     everything,
     in_broker,
     in_threads,
-    job,
     lines,
     pipeline,
     prove,
     pump,
 )
 from tests.project import REPOSITORY, Project, eventually
-
-
-def double(n: int) -> int:
-    return n * 2
 
 
 @pytest.fixture
@@ -55,12 +49,6 @@ def rt(project: Project, chosen: Pipeline) -> Runtime:
     prepare(made)
     runs.create_run(made, "r", chosen)
     return made
-
-
-@pytest.fixture
-def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeding adds two jobs at a time."""
-    monkeypatch.setattr(paging, "PAGE", 2)
 
 
 def hinted(rt: Runtime, chosen: Pipeline) -> int:
@@ -248,34 +236,6 @@ def test_a_seeder_that_was_killed_is_gone_on_with(project: Project, rt: Runtime,
     assert sorted(row["result"] for row in results(rt, "r")) == [2 * n for n in range(1000)]
 
 
-def test_times_of_a_job(rt: Runtime) -> None:
-    """Given delays, start times and expiry, then each job starts when it may, and not after its time."""
-    now = datetime.now(UTC)
-    rows = [
-        {"job_id": "now", "payload": 1, "not_before": now - timedelta(hours=1)},
-        {"job_id": "delayed", "payload": 2, "delay_s": "10m"},
-        {"job_id": "not before", "payload": 3, "not_before": (now + timedelta(minutes=20)).isoformat()},
-        {"job_id": "both", "payload": 4, "delay_s": 60, "not_before": now + timedelta(minutes=30)},
-        {"job_id": "expires", "payload": 5, "expires_at": now + timedelta(minutes=5)},
-        {"job_id": "expires first", "payload": 6, "delay_s": "10m", "expires_at": now - timedelta(seconds=1)},
-    ]
-    seeding.seed(rt, "r", rows)
-    pump(rt)
-    prove(rt, terminal=2, waiting=4)
-
-    passed: list[list[str]] = []
-    for _ in range(3):
-        backdate(rt, "job_states", 601, "due_at")
-        sweep.release_due(rt)
-        pump(rt)
-        waiting = rt.store.db.job_states.find({"state": "waiting"}, {"job": 1}).sort("job", 1)
-        passed.append([row["job"] for row in waiting])
-
-    assert passed == [["both", "not before"], ["both"], []]
-    prove(rt, terminal=5, dead_lettered=1)
-    assert job(rt, "expires first")["reason"] == "expired"
-
-
 def test_a_cancelled_run_takes_no_jobs(rt: Runtime) -> None:
     """Given a run that was cancelled, when jobs are seeded, then that is refused; as it is for a run that is not."""
     seeding.seed(rt, "r", lines(2))
@@ -320,66 +280,3 @@ def test_a_broker_that_is_away_does_not_stop_seeding(project: Project, rt: Runti
     sweep.publish_unpublished(rt)
     pump(rt)
     prove(rt, terminal=4)
-
-
-TAGS: list[dict[str, str]] = [
-    {},
-    {"kind": ""},
-    {"kind": "with space"},
-    {"kind": "with/slash.and.dots"},
-    {"kind": "Zürich – 東京 🚀"},
-    {"kind": "x" * 500},
-    {"kind": "x" * 499 + "y"},
-    {"a": "b__c"},
-    {"a__b": "c"},
-    {"quota_pool": "gpt", "kind": "ignored"},
-    {"default": "default"},
-]
-
-
-def test_odd_tags_have_queues_of_their_own(rt: Runtime, chosen: Pipeline) -> None:
-    """Given tags of every kind, then no two targets share a queue, and RabbitMQ takes the names."""
-    rows = [{"job_id": f"t{n}", "payload": n, "tags": tags} for n, tags in enumerate(TAGS)]
-
-    seeding.seed(rt, "r", rows)
-
-    queues = rt.store.db.messages.distinct("queue")
-    assert len(queues) == len(TAGS)
-    assert f"{chosen.name}.double" in queues
-    assert all(len(name.encode()) <= 255 for name in queues)
-    pump(rt)
-    prove(rt, terminal=len(TAGS))
-    assert {row["job_id"]: row["tags"] for row in results(rt, "r")} == {f"t{n}": tags for n, tags in enumerate(TAGS)}
-    assert counters.totals(rt.store, "r")["double"]["completed"] == len(TAGS)
-
-
-def test_two_runs_have_jobs_of_the_same_names(rt: Runtime, chosen: Pipeline) -> None:
-    """Given two runs with the same job ids, some of them odd, then each has its own."""
-    odd = ["a/b", "a%2Fb", "ä", ".", "$x", "a b", "1"]
-    for run in ("r", "r-2"):
-        if run != "r":
-            runs.create_run(rt, run, chosen)
-        seeding.seed(rt, run, [{"job_id": name, "payload": len(run)} for name in odd])
-
-    pump(rt)
-
-    for run in ("r", "r-2"):
-        prove(rt, run, terminal=len(odd))
-        assert {row["job_id"]: row["result"] for row in results(rt, run)} == dict.fromkeys(odd, 2 * len(run))
-
-
-def test_seeding_uses_the_pipeline_that_the_run_was_made_of(project: Project) -> None:
-    """Given a run of a pipeline that this process does not know any more, then jobs are added as its manifest says."""
-    old = pipeline(Stage(double, chunk=3), partition_by=["kind"])
-    maker = project.runtime(old)
-    begin(maker, old, [])
-    other = project.runtime()
-
-    seeding.seed(other, "r", lines(6, tags={"kind": "a", "more": "x"}))
-
-    assert [(row["jobs"], row["partition"]) for row in maker.store.db.messages.find()] == [
-        (["j0", "j1", "j2"], "kind__a"),
-        (["j3", "j4", "j5"], "kind__a"),
-    ]
-    pump(maker)
-    prove(maker, terminal=6)
