@@ -15,7 +15,8 @@ from celery import signals
 
 from pipeline_app import settings as settings_module
 from pipeline_app.application import load_pipelines, make_celery, prepare
-from pipeline_app.control.sweep import Sweep
+from pipeline_app.control.pacing import pacing
+from pipeline_app.control.sweep import sweep
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.consume import Flow, StageRequest, worker_stops
 from pipeline_app.flow.lifeline import Shared
@@ -62,7 +63,7 @@ Follow.process = WorkerProcess(_shared, _pipelines, _runtime)
 app.steps["consumer"].add(Follow)
 StageRequest.on_lost = Follow.process.janitor.lost
 
-_sweep = Sweep(_runtime)
+_leaders = (sweep(_runtime), pacing(_runtime))
 
 
 def _up() -> None:
@@ -70,11 +71,12 @@ def _up() -> None:
     # While the store is away the lifeline says so; and what was seeded has been laid out by its seeder.
     with contextlib.suppress(StoreError):
         prepare(_runtime())
-    _sweep.start()
+    for leader in _leaders:
+        leader.start()
 
 
 Follow.process.on_up.append(_up)
-Follow.process.on_leave.append(_sweep.stop)
+Follow.process.on_leave.extend(leader.stop for leader in _leaders)
 
 
 def _revoked(request: Any = None, **_: Any) -> None:

@@ -9,6 +9,7 @@ closes it); open -> removing (taken back). The sweep finishes what a dead seeder
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import defaultdict
@@ -115,6 +116,8 @@ class _Batch:
         #: Batches of the jobs that were there already.
         self.met: set[str] = set()
         self._partitions: set[str] = set()
+        # Grows from batch to batch: two million to each millisecond, in 63 bits.
+        self._seq = itertools.count(int(rt.store.now().timestamp() * 1000) << 21)
 
     @contextmanager
     def leased(self) -> Iterator[None]:
@@ -178,6 +181,8 @@ class _Batch:
             payload=line.payload,
             now=now,
             expires_at=line.expiry(),
+            seq=next(self._seq),
+            priority=line.priority,
         )
         due_at = line.due_at(now)
         if due_at is not None and due_at > now:

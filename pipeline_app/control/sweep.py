@@ -1,39 +1,31 @@
-"""What makes everything go on by itself. Runs inside the workers, one leader at a time by a lease.
+"""What makes everything go on by itself: the duties of the sweep, which one worker at a time leads (`leader.py`).
 
-Each duty looks at what is stored and makes one small transition after another, each of them guarded: two leaders at
-once do no harm, and a leader that dies in the middle leaves nothing half done.
+What is let go at a pace, in small steps many times a second, is in `pacing.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from pipeline_app.control import cancelling, seeding
+from pipeline_app.control.leader import Duty, Leader, contained
+from pipeline_app.control.release import enqueue_parked
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage
-from pipeline_app.domain.states import JobState
-from pipeline_app.errors import BrokerError, StoreError
-from pipeline_app.flow.enqueue import enqueued_state, new_messages, then_queue
+from pipeline_app.flow.enqueue import then_queue
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import counters, jobs, manifests, messages, partitions, transition, workers
+from pipeline_app.store import counters, jobs, manifests, messages, partitions, workers
 from pipeline_app.store.client import Document
-from pipeline_app.store.transition import JobMove, NotFittingError, Transition
 from pipeline_app.transport.depth import depths
 
 logger = logging.getLogger(__name__)
 
-LEASE = "sweep"
-LEASE_S = 10.0
-EVERY_S = 1.0
 #: Depths are asked of the broker this often, not at every round.
 FORGOTTEN_EVERY_S = 5.0
 #: Jobs that wait for a worker with their definition are tried this often.
@@ -46,73 +38,6 @@ CALM_S = 5.0
 PAGE = 5000
 #: Jobs in one transaction, each of which may need a message of its own.
 JOBS_PAGE = 1000
-
-
-class Sweep:
-    """One worker's part in sweeping: it leads, or stands by."""
-
-    def __init__(self, runtime: Callable[[], Runtime]) -> None:
-        self._runtime = runtime
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._calm_since = time.monotonic()
-        self._last: dict[str, float] = {}
-
-    def start(self) -> None:
-        """Begin, in a thread."""
-        self._thread = threading.Thread(target=self._run, name="pipeline-sweep", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End after the duty that is under way, and let another worker lead."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=LEASE_S)
-        rt = self._runtime()
-        try:
-            workers.give_up_lead(rt.store, LEASE, rt.process)
-        except StoreError as exc:
-            logger.info("the lead ends by itself: %s", exc)
-
-    def _run(self) -> None:
-        while not self._stop.wait(EVERY_S):
-            rt = self._runtime()
-            try:
-                if workers.lead(rt.store, LEASE, rt.process, LEASE_S):
-                    self.round(rt)
-            except StoreError as exc:
-                logger.info("sweep waits for the store: %s", exc)
-                self._calm_since = time.monotonic()
-            except Exception:
-                # The next round may do better; without this thread nothing that waits would ever go on.
-                logger.exception("sweep")
-
-    def round(self, rt: Runtime) -> None:
-        """Every duty that is due, each whether or not the one before it could be done.
-
-        Raises StoreError: without the store none can.
-        """
-        for duty, every_s in DUTIES:
-            if duty is end_leases and time.monotonic() - self._calm_since <= CALM_S:
-                continue
-            if not self._is_time(duty.__qualname__ + duty.__module__, every_s):
-                continue
-            try:
-                duty(rt)
-            except StoreError:
-                raise
-            except BrokerError as exc:
-                logger.info("sweep waits for the broker: %s", exc)
-            except Exception:
-                # A duty that trips over something must not keep all the others from being done.
-                logger.exception("sweep: %s", duty.__name__)
-
-    def _is_time(self, what: str, every_s: float) -> bool:
-        now = time.monotonic()
-        if now - self._last.get(what, float("-inf")) < every_s:
-            return False
-        self._last[what] = now
-        return True
 
 
 def end_leases(rt: Runtime) -> None:
@@ -130,19 +55,8 @@ def end_leases(rt: Runtime) -> None:
             continue
         lost = ErrorRecord(type="WorkerLost", message=f"the lease of {message['worker']} ended", traceback="")
         logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
-        with _contained("taking back", message["_id"]):
+        with contained("taking back", message["_id"]):
             publish_or_leave(rt, give_back(rt, message, lost=lost))
-
-
-@contextmanager
-def _contained(what: str, which: object) -> Iterator[None]:
-    """One thing that cannot be done, whatever it trips over, must not keep a duty from the others."""
-    try:
-        yield
-    except (StoreError, BrokerError):
-        raise
-    except Exception:
-        logger.exception("%s: %s", what, which)
 
 
 def release_due(rt: Runtime) -> None:
@@ -153,52 +67,6 @@ def release_due(rt: Runtime) -> None:
         # What cannot be moved is looked at in the next round, not over and over in this one.
         if not enqueue_parked(rt, rows, "due") or len(rows) < JOBS_PAGE:
             return
-
-
-def enqueue_parked(rt: Runtime, rows: Sequence[Document], why: str) -> int:
-    """Give jobs that wait in the store a message, in full chunks; returns how many."""
-    groups: dict[tuple[str, str, str, str], list[Document]] = defaultdict(list)
-    for row in rows:
-        groups[row["run"], row["stage"], row["partition"], row["state"]].append(row)
-    moved = 0
-    for (run, stage, partition, state), group in groups.items():
-        with _contained("enqueueing", run):
-            fresh = _enqueue_group(rt, run, stage, partition, JobState(state), group, why)
-            moved += sum(len(message["jobs"]) for message in fresh)
-            publish_or_leave(rt, fresh)
-    return moved
-
-
-def _enqueue_group(
-    rt: Runtime, run: str, stage: str, partition: str, state: JobState, rows: Sequence[Document], why: str
-) -> list[Document]:
-    plan = rt.memory.need_plan(run)
-    left = {row["_id"]: row for row in rows}
-    while left:
-        now = rt.store.now()
-        keys = {row["job"]: key for key, row in left.items()}
-        fresh = new_messages(plan, stage, partition, list(keys), now)
-        whole = Transition(now=now, messages=list(fresh))
-        for message in fresh:
-            whole.moves.append(
-                JobMove(
-                    keys=[keys[job] for job in message["jobs"]],
-                    guard={"state": state, "message": None},
-                    set=enqueued_state(message["_id"]),
-                    unset=("due_at", "reason"),
-                )
-            )
-            whole.events.append(
-                transition.event(run, stage, "enqueued", jobs=message["jobs"], now=now, message=message["_id"], why=why)
-            )
-        whole.count((run, stage, partition), state, JobState.PENDING, len(left))
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-            return fresh
-        except NotFittingError as exc:
-            left = {key: row for key, row in left.items() if key not in exc.jobs}
-    return []
 
 
 def publish_unpublished(rt: Runtime) -> None:
@@ -282,14 +150,20 @@ def fold_counters(rt: Runtime) -> None:
         counters.fold(rt.store, ids)
 
 
-#: What is done, in this order, and how often at most (seconds); 0 is every round.
-DUTIES: tuple[tuple[Callable[[Runtime], None], float], ...] = (
-    (end_leases, 0),
-    (release_due, 0),
-    (publish_unpublished, 0),
-    (publish_forgotten, FORGOTTEN_EVERY_S),
-    (release_definitions, DEFINITIONS_EVERY_S),
-    (seeding.sweep, 0),
-    (cancelling.sweep, 0),
-    (fold_counters, FOLD_EVERY_S),
+#: What is done, in this order.
+DUTIES = (
+    Duty(do=end_leases, calm_s=CALM_S),
+    Duty(do=release_due),
+    Duty(do=publish_unpublished),
+    Duty(do=publish_forgotten, every_s=FORGOTTEN_EVERY_S),
+    Duty(do=release_definitions, every_s=DEFINITIONS_EVERY_S),
+    Duty(do=seeding.sweep),
+    Duty(do=cancelling.sweep),
+    Duty(do=fold_counters, every_s=FOLD_EVERY_S),
 )
+EVERY_S = 1.0
+
+
+def sweep(runtime: Callable[[], Runtime]) -> Leader:
+    """A worker's part in the sweep."""
+    return Leader(runtime, "sweep", DUTIES, EVERY_S)

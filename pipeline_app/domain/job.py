@@ -100,6 +100,8 @@ class JobLine(BaseModel):
     not_before: Time | None = None
     #: Time after which the job is not started any more but dead-lettered as `expired`.
     expires_at: Time | None = None
+    #: Jobs with a higher one are let go first wherever jobs wait; equal ones in the order in which they were added.
+    priority: Annotated[int, Field(ge=-1000, le=1000, strict=True)] = 0
 
     def due_at(self, now: datetime) -> datetime | None:
         """When a delayed job may start; None if it is not delayed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -37,6 +38,14 @@ class Move(StrEnum):
     BURY = "bury"
     #: Its run or the job itself was cancelled.
     CANCEL = "cancel"
+    #: Its target is closed: held until the hold is over.
+    HOLD = "hold"
+    #: Its stage, partition or run is paused.
+    PAUSE = "pause"
+    #: Not its turn under a throttle, or in the order of priorities.
+    THROTTLE = "throttle"
+    #: Its process died: it goes on alone, in a process of its own.
+    LOSE = "lose"
     #: Waits until a worker that knows its run's definition is there.
     AWAIT_DEFINITION = "await_definition"
     #: Not this message's job any more: leave it alone.
@@ -50,6 +59,12 @@ class ErrorRecord:
     type: str
     message: str
     traceback: str
+    #: Where it was raised: `module:function`.
+    frame: str | None = None
+    #: Names errors of this kind: the same for the same type, message but for its varying parts, and frame.
+    group: str | None = None
+    #: What is known of the end of a process that died under the job.
+    evidence: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, exc: BaseException) -> ErrorRecord:
@@ -59,9 +74,11 @@ class ErrorRecord:
             text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
         return cls(type=_type_name(exc), message=_clean(_message(exc))[:MAX_ERROR_TEXT], traceback=_clean(text))
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """For documents and JSON."""
-        return {"type": self.type, "message": self.message, "traceback": self.traceback}
+        row: dict[str, Any] = {"type": self.type, "message": self.message, "traceback": self.traceback}
+        more = {"frame": self.frame, "group": self.group, "evidence": self.evidence and dict(self.evidence)}
+        return row | {name: value for name, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,8 @@ class Outcome:
     kind: DeadKind | None = None
     #: Only for RETRY.
     due_at: datetime | None = None
+    #: Only for HOLD, PAUSE and THROTTLE: the id of what keeps it.
+    waits_for: str | None = None
     started_at: datetime | None = None
     duration_s: float = 0.0
 

@@ -38,6 +38,9 @@ class WaitReason(StrEnum):
 
     DELAY = "delay"
     DEFINITION = "definition"
+    THROTTLE = "throttle"
+    PAUSE = "pause"
+    PRIORITY = "priority"
 
 
 class MessageState(StrEnum):
@@ -57,15 +60,16 @@ PARKED = frozenset({JobState.WAITING, JobState.RETRY_WAITING, JobState.HELD})
 
 _ENDS = frozenset({JobState.DEAD_LETTERED, JobState.CANCELLED})
 
-#: The moves that the store may make. `pending -> pending` is the step to the next stage, or a message made anew.
+#: The moves that the store may make. `pending -> pending` is the step to the next stage, or a message made anew; what
+#: is at rest becomes pending by a replay.
 MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.WAITING: frozenset({JobState.PENDING}) | _ENDS,
     JobState.PENDING: frozenset({JobState.PENDING, JobState.TERMINAL}) | PARKED | _ENDS,
     JobState.RETRY_WAITING: frozenset({JobState.PENDING}) | _ENDS,
     JobState.HELD: frozenset({JobState.PENDING}) | _ENDS,
-    JobState.TERMINAL: frozenset(),
-    JobState.DEAD_LETTERED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.TERMINAL: frozenset({JobState.PENDING}),
+    JobState.DEAD_LETTERED: frozenset({JobState.PENDING}),
+    JobState.CANCELLED: frozenset({JobState.PENDING}),
 }
 
 

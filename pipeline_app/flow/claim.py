@@ -29,6 +29,8 @@ class Work:
     jobs: dict[str, Document]
     #: Job id -> what the handler gets.
     inputs: dict[str, Any]
+    #: The hold or throttle that let these jobs go, if one did.
+    released_by: str | None = None
 
 
 class Claims:
@@ -105,4 +107,5 @@ def _work(plan: RunPlan, row: Document, found: dict[str, Document], values: dict
             job: values.get(f"{keys[job]}/{document['input']}") if document["input"] else document.get("payload")
             for job, document in present.items()
         },
+        released_by=row.get("released_by"),
     )

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from pipeline_app.domain.job import idempotency_key
 from pipeline_app.domain.partition import queue_name
+from pipeline_app.domain.pipeline import MAX_CHUNK
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState
 from pipeline_app.store import messages
@@ -20,11 +21,21 @@ def split(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def new_messages(
-    plan: RunPlan, stage: str, partition: str, job_ids: Sequence[str], now: datetime, *, chunk: int | None = None
+    plan: RunPlan,
+    stage: str,
+    partition: str,
+    job_ids: Sequence[str],
+    now: datetime,
+    *,
+    chunk: int | None = None,
+    released_by: str | None = None,
 ) -> list[Document]:
-    """Messages for jobs that go to a stage's partition, in chunks of the stage's size (or `chunk`)."""
-    size = chunk or plan.stage(stage).chunk
-    return [
+    """Messages for jobs that go to a stage's partition, in chunks of the stage's size, or of `chunk` if that is less.
+
+    `released_by` is the hold or throttle that let them go: it does not stop them once more.
+    """
+    size = min(chunk or MAX_CHUNK, plan.stage(stage).chunk)
+    documents = [
         messages.document(
             run=plan.run,
             pipeline=plan.pipeline,
@@ -36,6 +47,10 @@ def new_messages(
         )
         for piece in split(job_ids, size)
     ]
+    if released_by is not None:
+        for document in documents:
+            document["released_by"] = released_by
+    return documents
 
 
 def then_message(

@@ -124,7 +124,22 @@ def _plan(rt: Runtime, record: Record, now: datetime) -> None:
     plan.outputs.extend(o.output for o in mine if o.output is not None)
     plan.attempts.extend(_attempt(rt, record, o) for o in mine if o.attempt is not None)
     plan.events.append(_event(rt, record, mine, now))
+    _count_replayed(work, plan, mine)
     record.plan = plan
+
+
+def _count_replayed(work: Work, plan: Transition, outcomes: Sequence[Outcome]) -> None:
+    """What became of jobs that an operation replayed: it stops by itself when they fail again."""
+    place = (work.plan.run, work.stage, work.partition)
+    last = work.plan.stages[-1].name
+    for outcome in outcomes:
+        operation = work.jobs[outcome.job_id].get("operation") if outcome.job_id in work.jobs else None
+        if operation is None:
+            continue
+        if outcome.attempt in (AttemptOutcome.FAILED, AttemptOutcome.LOST):
+            plan.counts[place][f"operations.{operation}.failed"] += 1
+        elif outcome.move is Move.ADVANCE and work.stage == last:
+            plan.counts[place][f"operations.{operation}.terminal"] += 1
 
 
 def _advance(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
@@ -151,24 +166,70 @@ def _advance(record: Record, plan: Transition, group: Sequence[Outcome], now: da
 
 def _retry(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     work = record.work
-    # One write for all that failed as often: jobs of a chunk that fail together come back together.
-    by_failures: dict[int, list[Outcome]] = {}
+    # One write for all that failed as often, in the same way: they come back together.
+    alike: dict[tuple[int, str | None], list[Outcome]] = {}
     for outcome in group:
-        by_failures.setdefault(work.jobs[outcome.job_id]["failures"], []).append(outcome)
-    for same in by_failures.values():
-        state = {"state": JobState.RETRY_WAITING, "message": None, "due_at": same[0].due_at}
+        alike.setdefault((work.jobs[outcome.job_id]["failures"], _group(outcome)), []).append(outcome)
+    for (_, error_group), same in alike.items():
+        state: Document = {"state": JobState.RETRY_WAITING, "message": None, "due_at": same[0].due_at}
+        state["error_group"] = error_group
         plan.moves.append(_move(work, [o.job_id for o in same], state, failures=1))
     _count_leaving(record, plan, JobState.RETRY_WAITING, len(group))
 
 
 def _bury(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
-    by_kind: dict[tuple[str, bool], list[str]] = {}
+    alike: dict[tuple[str, AttemptOutcome | None, str | None], list[str]] = {}
     for outcome in group:
-        by_kind.setdefault((str(outcome.kind), outcome.attempt is not None), []).append(outcome.job_id)
-    for (kind, ran), job_ids in by_kind.items():
+        alike.setdefault((str(outcome.kind), outcome.attempt, _group(outcome)), []).append(outcome.job_id)
+    for (kind, attempt, error_group), job_ids in alike.items():
         state = {"state": JobState.DEAD_LETTERED, "reason": kind, "message": None, "died_in": record.work.message}
-        plan.moves.append(_move(record.work, job_ids, state, **({"failures": 1} if ran else {})))
+        state["error_group"] = error_group
+        plan.moves.append(_move(record.work, job_ids, state, **_spent(attempt)))
     _count_leaving(record, plan, JobState.DEAD_LETTERED, len(group))
+
+
+def _group(outcome: Outcome) -> str | None:
+    return None if outcome.error is None else outcome.error.group
+
+
+def _spent(attempt: AttemptOutcome | None) -> dict[str, int]:
+    """Which of the three budgets an attempt was taken from."""
+    budget = _BUDGETS.get(attempt) if attempt is not None else None
+    return {} if budget is None else {budget: 1}
+
+
+_BUDGETS = {
+    AttemptOutcome.FAILED: "failures",
+    AttemptOutcome.DEFERRED: "deferrals",
+    AttemptOutcome.LOST: "losses",
+}
+
+
+def _park(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+    """Into the store's keeping, until what keeps them lets them go."""
+    alike: dict[tuple[str | None, AttemptOutcome | None], list[str]] = {}
+    for outcome in group:
+        alike.setdefault((outcome.waits_for, outcome.attempt), []).append(outcome.job_id)
+    state, reason = _PARKED[group[0].move]
+    for (waits_for, attempt), job_ids in alike.items():
+        fields = {"state": state, "reason": reason, "message": None, "waits_for": waits_for}
+        plan.moves.append(_move(record.work, job_ids, fields, **_spent(attempt)))
+    _count_leaving(record, plan, state, len(group))
+
+
+_PARKED: dict[Move, tuple[JobState, str]] = {
+    Move.HOLD: (JobState.HELD, "hold"),
+    Move.PAUSE: (JobState.WAITING, WaitReason.PAUSE),
+    Move.THROTTLE: (JobState.WAITING, WaitReason.THROTTLE),
+}
+
+
+def _lose(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
+    """Once more in the same stage, each in a message of its own."""
+    work = record.work
+    for message in new_messages(work.plan, work.stage, work.partition, [o.job_id for o in group], now, chunk=1):
+        plan.moves.append(_move(work, message["jobs"], enqueued_state(message["_id"]), losses=1))
+        record.next_messages.append(message)
 
 
 def _cancel(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
@@ -191,6 +252,10 @@ _MAKERS: dict[Move, Callable[[Record, Transition, Sequence[Outcome], datetime], 
     Move.RETRY: _retry,
     Move.BURY: _bury,
     Move.CANCEL: _cancel,
+    Move.HOLD: _park,
+    Move.PAUSE: _park,
+    Move.THROTTLE: _park,
+    Move.LOSE: _lose,
     Move.AWAIT_DEFINITION: _await_definition,
 }
 

@@ -28,8 +28,20 @@ def totals(store: Store, run: str, session: Session | None = None) -> dict[str, 
     return sums
 
 
+def of_operation(store: Store, run: str, operation: str) -> dict[str, int]:
+    """What became of the jobs of a replay: `{"failed": attempts, "terminal": jobs}`."""
+    sums = {"failed": 0, "terminal": 0}
+    with translated(store):
+        for row in store.db.run_counters.find({"run": run, f"operations.{operation}": {"$exists": True}}):
+            for key, number in row["operations"][operation].items():
+                sums[key] += number
+    return sums
+
+
 def _flat(row: Document) -> dict[str, int]:
     flat = {f"states.{state}": number for state, number in row.get("states", {}).items()}
+    for operation, numbers in row.get("operations", {}).items():
+        flat.update({f"operations.{operation}.{key}": number for key, number in numbers.items()})
     for key in ("completed", "seeded"):
         if key in row:
             flat[key] = row[key]

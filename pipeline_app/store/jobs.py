@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from pipeline_app.domain.job import job_key
+from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState
 from pipeline_app.store.client import Document, Session, Store, translated
 
@@ -20,8 +21,12 @@ CLAIM_FIELDS = {
     "failures": 1,
     "losses": 1,
     "expires_at": 1,
+    "operation": 1,
     "payload": 1,
 }
+
+#: Fields that only a job in the store's keeping has; whoever moves it on takes them away.
+PARKED_FIELDS = ("due_at", "reason", "waits_for")
 
 
 def document(
@@ -35,6 +40,8 @@ def document(
     payload: Any,
     now: datetime,
     expires_at: datetime | None,
+    seq: int,
+    priority: int = 0,
 ) -> Document:
     """A new job, in no state yet: whoever seeds it says whether it is pending or waiting."""
     row: Document = {
@@ -51,6 +58,9 @@ def document(
         "failures": 0,
         "deferrals": 0,
         "losses": 0,
+        # Together the order in which jobs that wait in the store are let go.
+        "priority": priority,
+        "seq": seq,
         "payload": payload,
         "created_at": now,
         "updated_at": now,
@@ -112,6 +122,53 @@ def in_state(
         query["batch"] = {"$nin": list(skip_batches)}
     with translated(store):
         return list(store.db.job_states.find(query, {"payload": 0}).limit(limit))
+
+
+def chosen(selection: Selection, run: str) -> Document:
+    """The query for a selection."""
+    query: Document = {"run": run}
+    if selection.job_ids:
+        query["_id"] = {"$in": [job_key(run, job_id) for job_id in selection.job_ids]}
+    if selection.states:
+        query["state"] = {"$in": list(selection.states)}
+    for name, value in (("stage", selection.stage), ("partition", selection.partition), ("group", selection.group)):
+        if value is not None:
+            query[{"group": "error_group"}.get(name, name)] = value
+    # Tags may have dots and dollars in their names: no path can name those.
+    conditions = [
+        {"$eq": [{"$getField": {"field": {"$literal": key}, "input": "$tags"}}, {"$literal": value}]}
+        for key, value in selection.selector.items()
+    ]
+    if conditions:
+        query["$expr"] = {"$and": conditions}
+    changed: Document = {}
+    if selection.since is not None:
+        changed["$gte"] = selection.since
+    if selection.until is not None:
+        changed["$lt"] = selection.until
+    if changed:
+        query["updated_at"] = changed
+    return query
+
+
+def select(store: Store, run: str, selection: Selection, *, after: str | None, limit: int) -> list[Document]:
+    """Some jobs of a selection in the order of their `_id`s, those behind `after`; without payloads."""
+    query = chosen(selection, run)
+    bounds: Document = {"$gt": after} if after is not None else {}
+    with translated(store):
+        found = store.db.job_states.find({"$and": [query, {"_id": bounds}]} if bounds else query, {"payload": 0})
+        return list(found.sort("_id", 1).limit(limit))
+
+
+def count_selected(store: Store, run: str, selection: Selection) -> dict[tuple[str, str, str], int]:
+    """(stage, stored state, partition) -> jobs of a selection; looks at each."""
+    stages: list[Document] = [
+        {"$match": chosen(selection, run)},
+        {"$group": {"_id": {"stage": "$stage", "state": "$state", "partition": "$partition"}, "n": {"$sum": 1}}},
+    ]
+    with translated(store):
+        rows = store.db.job_states.aggregate(stages)
+        return {(row["_id"]["stage"], row["_id"]["state"], row["_id"]["partition"]): row["n"] for row in rows}
 
 
 def stream(

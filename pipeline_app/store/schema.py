@@ -19,6 +19,8 @@ NAMESPACE_EXISTS = 48
 
 #: How long a closed message is kept: after that a late duplicate finds nothing, and is dropped all the same.
 CLOSED_MESSAGES_S = 24 * 3600
+#: How long a hold that is over is kept, to be looked at.
+ENDED_HOLDS_S = 7 * 24 * 3600
 #: How long the record of a worker that ended is kept.
 ENDED_WORKERS_S = 7 * 24 * 3600
 
@@ -35,6 +37,14 @@ INDEXES: dict[str, list[IndexModel]] = {
         _index("run", "state", "stage", "_id", name="run_state"),
         # What the sweep looks for: only jobs that wait for a time have due_at.
         _index("due_at", name="due", partialFilterExpression={"due_at": {"$exists": True}}),
+        # Jobs that something keeps in the store, in the order in which it lets them go.
+        _index(
+            "waits_for",
+            ("priority", DESCENDING),
+            "seq",
+            name="waits_for",
+            partialFilterExpression={"waits_for": {"$exists": True}},
+        ),
         # Dead letters in the order of their deaths; nothing else is in it.
         _index("run", "updated_at", "_id", name="dead", partialFilterExpression={"state": JobState.DEAD_LETTERED}),
     ],
@@ -43,6 +53,8 @@ INDEXES: dict[str, list[IndexModel]] = {
         _index("queue", "published_at", name="open", partialFilterExpression={"state": MessageState.OPEN}),
         # What workers hold now: as many as there are slots in the cluster, never as many as there are messages.
         _index("worker", name="claimed", partialFilterExpression={"state": MessageState.CLAIMED}),
+        # What a hold or a throttle let go and no worker has claimed yet.
+        _index("released_by", name="released", partialFilterExpression={"released_by": {"$exists": True}}),
         _index("batch", name="draft", partialFilterExpression={"state": MessageState.DRAFT}),
         _index("closed_at", name="closed", expireAfterSeconds=CLOSED_MESSAGES_S),
     ],
@@ -68,6 +80,9 @@ INDEXES: dict[str, list[IndexModel]] = {
     ],
     "partitions": [_index("pipeline", "stage", name="stage")],
     "parked_messages": [_index("at", name="at")],
+    "target_holds": [_index("state", name="state"), _index("ended_at", name="ended", expireAfterSeconds=ENDED_HOLDS_S)],
+    "throttles": [],
+    "operations": [_index("state", name="state"), _index("run", "created_at", name="run")],
     "leases": [],
     "signals": [],
 }

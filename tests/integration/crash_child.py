@@ -86,7 +86,7 @@ def cancel(rt: Runtime, run: str, _: str) -> None:
 def one_round(rt: Runtime, run: str, _: str) -> None:
     """Every duty of the sweep, as its leader does them."""
     sweep.end_leases(rt)
-    sweep.Sweep(lambda: rt).round(rt)
+    sweep.sweep(lambda: rt).round(rt)
 
 
 STEPS: dict[str, Callable[[Runtime, str, str], None]] = {

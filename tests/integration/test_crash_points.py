@@ -123,7 +123,7 @@ def live_on(rt: Runtime, dead: set[str]) -> None:
     backdate(rt, "seed_batches", 3600, "lease_until")
     backdate(rt, "messages", 3600, "check_at")
     backdate(rt, "run_counters", 3600, "at")
-    sweep.Sweep(lambda: rt).round(rt)
+    sweep.sweep(lambda: rt).round(rt)
 
 
 def finish(rt: Runtime, run: str) -> None:

@@ -242,7 +242,7 @@ def test_two_leaders_at_once(project: Project, new_flow: NewFlow) -> None:
         backdate(rt, collection, 3600, field)
 
     def lead(mine: Runtime) -> None:
-        leader = sweep.Sweep(lambda: mine)
+        leader = sweep.sweep(lambda: mine)
         for _ in range(4):
             sweep.end_leases(mine)
             leader.round(mine)

@@ -38,6 +38,7 @@ def add_jobs(rt: Runtime, *job_ids: str) -> str:
     rows = [
         {
             **jobs.document(
+                seq=0,
                 run=RUN, job_id=job, batch="b", tags={}, partition="default", stage="first", payload=1, now=now,
                 expires_at=None,
             ),
