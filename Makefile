@@ -53,12 +53,18 @@ faults: $(DEV) ## kill workers and services under load, a short while
 	@$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
 
 .PHONY: chaos
-chaos: $(DEV) ## the same at full size: 20,000 jobs, ten kills (CHAOS_JOBS, CHAOS_KILLS, CHAOS_SEED)
-	@CHAOS_JOBS=$${CHAOS_JOBS:-20000} CHAOS_KILLS=$${CHAOS_KILLS:-10} $(BIN)/pytest tests/chaos $(PYTEST_ARGS)
+chaos: $(DEV) ## the same at full size: 20,000 jobs, ten kills (CHAOS_JOBS, CHAOS_KILLS, CHAOS_SEED ...)
+	@CHAOS_JOBS=$${CHAOS_JOBS:-20000} CHAOS_KILLS=$${CHAOS_KILLS:-10} \
+	CHAOS_RATE_JOBS=$${CHAOS_RATE_JOBS:-5000} CHAOS_REPLAY_JOBS=$${CHAOS_REPLAY_JOBS:-10000} \
+	$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(DEV) ## stage executions a second, beside plain Celery (BENCH_ARGS="--rounds 1")
 	@$(BIN)/python -m benchmarks.throughput $(BENCH_ARGS)
+
+.PHONY: bench-gates
+bench-gates: $(DEV) ## what asking about 1,000 holds costs a job (BENCH_ARGS="--holds 10000")
+	@$(BIN)/python -m benchmarks.hold_gate $(BENCH_ARGS)
 
 .PHONY: install
 install: $(DEV) ## the virtual environment with everything for development

@@ -10,11 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline_app.domain.job import Job, JobLine
 from pipeline_app.domain.pipeline import Pipeline, Stage
+from pipeline_app.domain.rate_limit import retry_after
 from pipeline_app.domain.retry import Retry
-from pipeline_app.errors import PermanentError, PipelineError
+from pipeline_app.errors import PermanentError, PipelineError, RateLimited
 
 if TYPE_CHECKING:
-    from pipeline_app.api import cancel, chain, create_run, results, seed, status, wait
+    from pipeline_app.api import (
+        cancel,
+        chain,
+        clear_hold,
+        clear_throttle,
+        create_run,
+        hold,
+        holds,
+        move,
+        pause,
+        replay,
+        replays,
+        results,
+        resume,
+        seed,
+        set_priority,
+        status,
+        stop_replay,
+        throttle,
+        throttles,
+        verify,
+        wait,
+    )
 
 __all__ = [
     "Job",
@@ -22,18 +45,34 @@ __all__ = [
     "PermanentError",
     "Pipeline",
     "PipelineError",
+    "RateLimited",
     "Retry",
     "Stage",
     "cancel",
     "chain",
+    "clear_hold",
+    "clear_throttle",
     "create_run",
+    "hold",
+    "holds",
+    "move",
+    "pause",
+    "replay",
+    "replays",
     "results",
+    "resume",
+    "retry_after",
     "seed",
+    "set_priority",
     "status",
+    "stop_replay",
+    "throttle",
+    "throttles",
+    "verify",
     "wait",
 ]
 
-_FROM_API = frozenset({"cancel", "chain", "create_run", "results", "seed", "status", "wait"})
+_FROM_API = frozenset(__all__) - globals().keys()
 
 
 def __getattr__(name: str) -> Any:

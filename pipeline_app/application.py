@@ -14,8 +14,7 @@ from typing import Any
 from celery import Celery
 
 from pipeline_app import settings as settings_module
-from pipeline_app.domain.handler import import_object
-from pipeline_app.domain.pipeline import Pipeline, load_definition
+from pipeline_app.domain.pipeline import Pipeline, load_pipeline
 from pipeline_app.errors import DefinitionError, UsageError
 from pipeline_app.flow.consume import Flow, StageTask
 from pipeline_app.flow.forward import task_name
@@ -36,10 +35,7 @@ def load_pipelines(paths: Iterable[str]) -> dict[str, Pipeline]:
         sys.path.insert(0, str(root))
     found: dict[str, Pipeline] = {}
     for path in paths:
-        is_file = path.endswith((".toml", ".json"))
-        pipeline = load_definition(root / path) if is_file else import_object(path)
-        if not isinstance(pipeline, Pipeline):
-            raise DefinitionError(f"{path} is a {type(pipeline).__name__}, not a Pipeline")
+        pipeline = load_pipeline(path, root)
         if pipeline.name in found:
             raise DefinitionError(f"two pipelines are called {pipeline.name!r}", hint="see celeryconfig.py")
         found[pipeline.name] = pipeline

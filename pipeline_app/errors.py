@@ -2,6 +2,7 @@
 
     PipelineError
     ├── PermanentError            raised by handlers: do not retry this job
+    ├── RateLimited               raised by handlers: the target is closed until then; costs no attempt
     ├── InvalidInputError         a payload is not what the handler's annotation asks for
     ├── InvalidResultError        a handler's result cannot be stored
     ├── UsageError                the command or call is wrong                      (exit code 2)
@@ -15,12 +16,14 @@
         ├── StoreError            MongoDB
         └── BrokerError           RabbitMQ
 
-An error's message is written where it is raised; without one its docstring is the message.
+An error's message is written where it is raised; without one the first line of its docstring is the message.
 `code` is for machines, `hint` says what to do about it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import ClassVar
 
 
@@ -31,7 +34,7 @@ class PipelineError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str | None = None, *, hint: str | None = None) -> None:
-        self.message = message or (self.__doc__ or "").strip()
+        self.message = message or (self.__doc__ or "").strip().split("\n", 1)[0]
         self.hint = hint
         super().__init__(self.message)
 
@@ -40,6 +43,39 @@ class PermanentError(PipelineError):
     """The handler says that this job can never succeed."""
 
     code = "permanent"
+
+
+class RateLimited(PipelineError):  # noqa: N818 - what a handler says, not what went wrong
+    """The target takes no more for now.
+
+    Closes the target for all stages and workers, and holds the job until it is open again; no attempt is spent.
+
+    Args:
+        message: what the provider said; optional.
+        until: when it may be asked again, a time with its zone (UTC if it has none).
+        retry_after: the same as seconds, or a `Retry-After` header as it came: seconds or an HTTP date.
+        selector: the tags that are closed, such as `{"provider": "openai"}`; by default those that choose the job's
+            partition.
+
+    With neither `until` nor `retry_after` the target is closed for a few seconds, and longer each time that it
+    refuses.
+    """
+
+    code = "rate_limited"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        until: datetime | None = None,
+        retry_after: float | str | None = None,
+        selector: Mapping[str, str] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.until = until
+        self.retry_after = retry_after
+        self.selector = selector
 
 
 class InvalidInputError(PipelineError):

@@ -6,23 +6,28 @@ Made once for each process (`build`), never carried over a fork: MongoDB's clien
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from celery import Celery
 
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.domain.plan import RunPlan
+from pipeline_app.domain.target import Table, Target
 from pipeline_app.errors import NotFoundError, StoreError
 from pipeline_app.settings import Settings
-from pipeline_app.store import manifests
-from pipeline_app.store.client import Store
+from pipeline_app.store import holds, manifests, throttles
+from pipeline_app.store.client import Document, Store
 from pipeline_app.transport.publisher import Publisher
+
+logger = logging.getLogger(__name__)
 
 #: A process without a worker's lifeline asks by itself whether a run was cancelled, this often.
 REFRESH_S = 1.0
@@ -38,8 +43,40 @@ def process_id(process: str) -> int:
     return int(process.rsplit(".", 2)[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Closure:
+    """A hold or pause, as the gates see it."""
+
+    id: str
+    is_pause: bool
+    #: What messages say that it let go itself since it was closed the last time; None if it lets nothing go.
+    passes: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throttle:
+    """A throttle, as those see it who have to ask for leave."""
+
+    id: str
+    rate_per_s: float | None
+    concurrency: int | None
+    #: The unit that its budget counts, if it has one.
+    unit: str | None
+    #: Whether it lets jobs go by priority.
+    is_ordered: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """All that stops jobs, as it was at one look."""
+
+    cancelled: frozenset[str] = frozenset()
+    closures: Table[Closure] = field(default_factory=Table)
+    throttles: Table[Throttle] = field(default_factory=Table)
+
+
 class Memory:
-    """What a process remembers of runs, so that nothing is asked once per job."""
+    """What a process remembers of runs and of what is closed, so that nothing is asked once per job."""
 
     def __init__(self, store: Store, version: Callable[[], int | None]) -> None:
         self._store = store
@@ -47,7 +84,12 @@ class Memory:
         self._version = version
         self._seen: int | None = -1
         self._checked = 0.0
-        self._cancelled: set[str] = set()
+        self._loading = threading.Lock()
+        self._flags = Flags()
+        #: Holds that handlers of this process have set, and which load of the flags is sure to see each in the store.
+        self._own: dict[str, tuple[Target, int | None]] = {}
+        self._loads = 0
+        self._guard = threading.Lock()
         self._plans: dict[str, RunPlan] = {}
 
     def plan(self, run: str) -> RunPlan | None:
@@ -71,17 +113,66 @@ class Memory:
         """Drop what is remembered of a run: one of the same name may be made after it was deleted."""
         self._plans.pop(run, None)
 
-    def is_cancelled(self, run: str) -> bool:
-        """Whether the run was cancelled: a look into memory, reloaded only when something changed."""
+    def flags(self) -> Flags:
+        """What is cancelled, closed and throttled: a look into memory, reloaded only when something changed."""
         version = self._version()
-        if version != self._seen or (version is None and time.monotonic() - self._checked > REFRESH_S):
+        if version == self._seen and (version is not None or time.monotonic() - self._checked <= REFRESH_S):
+            return self._flags
+        # One thread loads; the others go by what is known meanwhile, for as long as a read takes.
+        if self._loading.acquire(blocking=self._seen == -1):
             try:
-                self._cancelled = manifests.cancelled(self._store)
-                self._seen, self._checked = version, time.monotonic()
-            except StoreError:
-                # The gate is a convenience: a job that runs all the same is refused when it is recorded.
-                return run in self._cancelled
-        return run in self._cancelled
+                self._load(version)
+            except StoreError as exc:
+                # The next look tries again. Nothing is recorded while the store is away.
+                logger.info("flags are as they were: %s", exc)
+            finally:
+                self._loading.release()
+        return self._flags
+
+    def _load(self, version: int | None) -> None:
+        self._loads += 1
+        cancelled = frozenset(manifests.cancelled(self._store))
+        found = Table((Target.of(row), _throttle(row)) for row in throttles.all_of(self._store))
+        rows = holds.in_force(self._store)
+        with self._guard:
+            # What handlers closed since the reading began is not among the rows.
+            self._own = {hold: own for hold, own in self._own.items() if own[1] is None or own[1] > self._loads}
+            closures = [(Target.of(row), _closure(row)) for row in rows if row["_id"] not in self._own]
+            closures += [(target, Closure(id=hold, is_pause=False)) for hold, (target, _) in self._own.items()]
+            self._flags = Flags(cancelled=cancelled, closures=Table(closures), throttles=found)
+        self._seen, self._checked = version, time.monotonic()
+
+    def close(self, hold: str, target: Target) -> None:
+        """Close a target for this process at once; the store hears of it next."""
+        with self._guard:
+            self._own[hold] = (target, None)
+            entries = [entry for entry in self._flags.closures.entries if entry[1].id != hold]
+            closures = Table([*entries, (target, Closure(id=hold, is_pause=False))])
+            self._flags = replace(self._flags, closures=closures)
+
+    def closed(self, hold: str) -> None:
+        """The store has the hold: a load that begins from here on sees it there."""
+        with self._guard:
+            if hold in self._own:
+                self._own[hold] = (self._own[hold][0], self._loads + 1)
+
+    def is_cancelled(self, run: str) -> bool:
+        """Whether the run was cancelled."""
+        return run in self.flags().cancelled
+
+
+def _closure(row: Document) -> Closure:
+    return Closure(id=row["_id"], is_pause=row["kind"] == "pause", passes=holds.pass_of(row))
+
+
+def _throttle(row: Document) -> Throttle:
+    return Throttle(
+        id=row["_id"],
+        rate_per_s=row["rate_per_s"],
+        concurrency=row["concurrency"],
+        unit=row["budget"]["unit"] if row["budget"] else None,
+        is_ordered=bool(row["ordered"]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,5 +241,3 @@ def build(
         incarnation=incarnation or (lambda: own),
         process=own,
     )
-
-

@@ -22,7 +22,7 @@ from pipeline_app.store.client import Document
 JOB_EVENTS = 1000
 
 #: Dead letters whose handler was not run, and what stands in the place of its error.
-_WITHOUT_ATTEMPT = {
+_WITHOUT_ATTEMPT: dict[str, Document] = {
     DeadKind.EXPIRED: {
         "type": "expired",
         "message": "its expires_at passed before it was started",
@@ -32,16 +32,26 @@ _WITHOUT_ATTEMPT = {
 
 
 def failures(
-    rt: Runtime, run: str, *, job_id: str | None = None, stage: str | None = None, limit: int = 100
+    rt: Runtime,
+    run: str,
+    *,
+    job_id: str | None = None,
+    stage: str | None = None,
+    group: str | None = None,
+    limit: int = 100,
 ) -> list[Document]:
     """Dead-lettered jobs with the error that ended them, the longest dead first.
+
+    Args:
+        group: only those of this failure group, which may be of several stages.
 
     Raises NotFoundError (run, stage or job), StoreError.
     """
     plan = find_plan(rt, run, stage)
     if job_id is not None:
         find_job(rt, plan.run, job_id)
-    rows = jobs.dead_letters(rt.store, plan.run, stage=stage, job_id=job_id, limit=limit)
+    with rt.store.unhurried():
+        rows = jobs.dead_letters(rt.store, plan.run, stage=stage, job_id=job_id, group=group, limit=limit)
     errors = last_errors(rt, plan.run, rows)
     return [
         {
@@ -51,10 +61,43 @@ def failures(
             "attempts": row["failures"] + row["losses"],
             "at": row["updated_at"],
             "kind": row["reason"],
+            "group": row.get("error_group"),
             "error": errors[row["_id"]],
         }
         for row in rows
     ]
+
+
+def failure_groups(rt: Runtime, run: str, *, stage: str | None = None, limit: int = 100) -> list[Document]:
+    """Dead-lettered jobs and those that wait for a retry, by stage and failure group; the largest group first.
+
+    Type, message and frame are those of the sample, a job that failed lately, a dead one if there is one.
+
+    Raises NotFoundError (run or stage), StoreError.
+    """
+    plan = find_plan(rt, run, stage)
+    with rt.store.unhurried():
+        rows = jobs.failure_groups(rt.store, plan.run, stage=stage, limit=limit)
+    samples = [(row["sample"]["job"], row["_id"]["stage"], row["_id"]["group"]) for row in rows]
+    errors = store_attempts.errors_of(rt.store, plan.run, samples)
+    return [_failure_group(row, errors.get(row["sample"]["job"])) for row in rows]
+
+
+def _failure_group(row: Document, error: Document | None) -> Document:
+    error = error or _nothing_kept(row["sample"]["kind"])
+    return {
+        "group": row["_id"]["group"],
+        "stage": row["_id"]["stage"],
+        "type": error["type"],
+        "message": error["message"],
+        "frame": error.get("frame"),
+        "count": row["count"],
+        "dead_lettered": row["dead_lettered"],
+        "retrying": row["count"] - row["dead_lettered"],
+        "first_at": row["first_at"],
+        "last_at": row["last_at"],
+        "sample_job": row["sample"]["job"],
+    }
 
 
 def last_errors(rt: Runtime, run: str, rows: Iterable[Document]) -> dict[str, Document]:
@@ -71,8 +114,12 @@ def last_errors(rt: Runtime, run: str, rows: Iterable[Document]) -> dict[str, Do
 def _error(row: Document, attempt: Document | None) -> Document:
     if attempt is not None and attempt.get("error"):
         return dict(attempt["error"])
-    nothing_kept = {"type": row["reason"], "message": "the ledger has no attempt of it", "traceback": ""}
-    return dict(_WITHOUT_ATTEMPT.get(row["reason"], nothing_kept))
+    return _nothing_kept(row["reason"])
+
+
+def _nothing_kept(kind: str) -> Document:
+    """What stands in the place of the error of a job that died without an attempt."""
+    return _WITHOUT_ATTEMPT.get(kind) or {"type": kind, "message": "the ledger has no attempt of it", "traceback": ""}
 
 
 def attempts(
@@ -173,7 +220,8 @@ def _outputs(rt: Runtime, plan: RunPlan, job_id: str) -> list[Document]:
     for row in outputs.of_job(rt.store, plan.run, job_id):
         stage, message = row["_id"].rsplit("/", 2)[1:]
         found.append({"stage": stage, "message": message, "value": row["value"]})
-    order = [stage.name for stage in plan.stages]
+    # Inputs that were edited for a replay come first.
+    order = [outputs.EDIT, *(stage.name for stage in plan.stages)]
     return sorted(found, key=lambda output: order.index(output["stage"]))
 
 

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pipeline_app.control import hold_release, replaying, throttle_release
 from pipeline_app.control.leader import Duty, Leader
 from pipeline_app.runtime import Runtime
 
 #: What is done, in this order.
-DUTIES: tuple[Duty, ...] = ()
+DUTIES: tuple[Duty, ...] = (
+    Duty(do=throttle_release.release_throttled),
+    Duty(do=throttle_release.unlock_ended, every_s=1.0),
+    Duty(do=hold_release.probe_held),
+    Duty(do=hold_release.release_kept_by_nothing, every_s=0.5),
+    Duty(do=replaying.replay_on),
+)
 EVERY_S = 0.1
 
 

@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipeline_app.control import paging
+from pipeline_app.control import paging, throttles
 from pipeline_app.control.paging import PAGE
 from pipeline_app.domain.job import JobLine, job_key
 from pipeline_app.domain.partition import partition_key, queue_name, target_tags
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, PipelineError, RefusedError, StoreError
-from pipeline_app.flow.enqueue import new_messages
-from pipeline_app.flow.forward import publish_or_leave
+from pipeline_app.flow import gates
+from pipeline_app.flow.enqueue import new_messages, parked_state
+from pipeline_app.flow.forward import publish_or_leave, task_name
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, events, jobs, manifests, messages, partitions, transition
 from pipeline_app.store.client import Document
@@ -113,6 +114,7 @@ class _Batch:
         self.added = 0
         self.skipped = 0
         self.published = True
+        self._ordered = False
         #: Batches of the jobs that were there already.
         self.met: set[str] = set()
         self._partitions: set[str] = set()
@@ -151,6 +153,10 @@ class _Batch:
             self.skipped += len(lines) - len(fresh)
             lines = fresh
         self._refuse_doubles(lines)
+        if not self._ordered and any(line.priority for line in lines):
+            # Before the first of them can go straight to the broker, which knows no order but its own.
+            throttles.order_run(self.rt, self.plan.run, reason="jobs were seeded with a priority")
+            self._ordered = True
         rows: list[tuple[JobLine, Document]] = []
         size = 0
         for line in lines:
@@ -186,10 +192,10 @@ class _Batch:
         )
         due_at = line.due_at(now)
         if due_at is not None and due_at > now:
-            row |= {"state": JobState.WAITING, "reason": WaitReason.DELAY, "due_at": due_at}
-        else:
-            row["state"] = JobState.PENDING
-        return row
+            return row | {"state": JobState.WAITING, "reason": WaitReason.DELAY, "due_at": due_at}
+        task = task_name(self.plan.pipeline, row["stage"])
+        keeper = gates.keeper(self.rt, self.plan.run, task, row["partition"], line.tags)
+        return row | (parked_state(*keeper) if keeper else {"state": JobState.PENDING})
 
     def _size(self, line: JobLine, row: Document) -> int:
         try:

@@ -9,11 +9,15 @@ from typing import Any
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import AT_REST, JobState
+from pipeline_app.domain.target import Target
 from pipeline_app.errors import BrokerError
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import counters, manifests, messages, partitions, workers
+from pipeline_app.store import counters, holds, manifests, messages, partitions, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.depth import depths
+
+#: Holds and pauses that are named one by one.
+CLOSED_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,7 @@ def status(rt: Runtime, run: str, *, queues: bool = True) -> Status:
         for stage in plan.stages
     ]
     states = {state: sum(row.states[state] for row in stages) for state in map(str, JobState)}
+    closed = holds.concerning(rt.store, plan.run, plan.pipeline)
     batches = manifests.batches(rt.store, plan.run, "open", "closing", "removing", "interrupted")
     interrupted = [row["_id"] for row in batches if row["state"] == "interrupted"]
     seeding = [row["_id"] for row in batches if row["state"] != "interrupted"]
@@ -133,11 +138,13 @@ def status(rt: Runtime, run: str, *, queues: bool = True) -> Status:
     return Status(
         run=plan.run,
         pipeline=plan.pipeline,
-        state=_state(manifest, states, seeded, bool(seeding), bool(interrupted)),
+        state=_state(
+            manifest, states, seeded, seeding=bool(seeding), interrupted=bool(interrupted), paused=_is_paused(closed)
+        ),
         seeded=seeded,
         states=states,
         stages=stages,
-        warnings=warnings + _warnings(rt, manifest, stages, interrupted, queues=queues),
+        warnings=warnings + _warnings(rt, manifest, stages, interrupted, queues=queues) + _closed(closed, states),
         as_of=rt.store.now(),
         interrupted=interrupted,
         seeding=seeding,
@@ -188,13 +195,37 @@ def _partitions(rt: Runtime, plan: RunPlan, warnings: list[str]) -> dict[str, li
     return stages
 
 
-def _state(manifest: Document, states: dict[str, int], seeded: int, seeding: bool, interrupted: bool) -> str:
+def _state(
+    manifest: Document, states: dict[str, int], seeded: int, *, seeding: bool, interrupted: bool, paused: bool
+) -> str:
     if manifest["cancelled_at"] is not None:
         return "cancelled"
+    if paused:
+        return "paused"
     if seeding:
         return "seeding"
     unfinished = sum(number for state, number in states.items() if state not in AT_REST)
     return "complete" if seeded and not unfinished and not interrupted else "active"
+
+
+def _is_paused(closed: list[Document]) -> bool:
+    """Whether the whole run is."""
+    return any(row["kind"] == "pause" and row["stage"] is None and row["partition"] is None for row in closed)
+
+
+def _closed(closed: list[Document], states: dict[str, int]) -> list[str]:
+    """What keeps jobs of this run, or might."""
+    found = []
+    for row in closed:
+        because = f" ({row['reason']})" if row["reason"] else ""
+        if row["kind"] == "pause":
+            found.append(f"{Target.of(row)} is paused{because}: pipeline-app resume {row['run']}")
+        elif states[JobState.HELD]:
+            until = "until it is cleared" if row["until"] is None else f"until {row['until']:%Y-%m-%dT%H:%M:%SZ}"
+            found.append(f"{Target.of(row)} is closed {until}{because}: hold {row['_id']}")
+    if len(found) > CLOSED_SHOWN:
+        found[CLOSED_SHOWN:] = [f"and {len(found) - CLOSED_SHOWN} more: pipeline-app hold list"]
+    return found
 
 
 def _warnings(

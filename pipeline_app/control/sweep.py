@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pipeline_app.control import cancelling, seeding
 from pipeline_app.control.leader import Duty, Leader, contained
 from pipeline_app.control.release import enqueue_parked
+from pipeline_app.domain.evidence import worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage
 from pipeline_app.flow.enqueue import then_queue
@@ -50,13 +51,26 @@ def end_leases(rt: Runtime) -> None:
         return
     # In this order: a worker that registers between the two questions has no claim among those read before.
     alive = {row["_id"] for row in workers.alive(rt.store)}
+    gone = workers.by_ids(rt.store, {message["worker"] for message in claimed} - alive)
     for message in claimed:
         if message["worker"] in alive:
             continue
-        lost = ErrorRecord(type="WorkerLost", message=f"the lease of {message['worker']} ended", traceback="")
+        lost = _lost_with_worker(message["worker"], gone.get(message["worker"], {}))
         logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
         with contained("taking back", message["_id"]):
             publish_or_leave(rt, give_back(rt, message, lost=lost))
+
+
+def _lost_with_worker(worker: str, record: Document) -> ErrorRecord:
+    return worker_lost(
+        "its worker's lease ended: it died, or was cut off",
+        pid=record.get("pid"),
+        worker=worker,
+        host=record.get("host"),
+        # Of the worker with all its children, as it was at its last sign of life.
+        worker_rss_bytes=record.get("rss_bytes"),
+        alone=False,
+    )
 
 
 def release_due(rt: Runtime) -> None:
@@ -159,6 +173,7 @@ DUTIES = (
     Duty(do=release_definitions, every_s=DEFINITIONS_EVERY_S),
     Duty(do=seeding.sweep),
     Duty(do=cancelling.sweep),
+    Duty(do=cancelling.stop_handlers),
     Duty(do=fold_counters, every_s=FOLD_EVERY_S),
 )
 EVERY_S = 1.0

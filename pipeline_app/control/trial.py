@@ -19,7 +19,7 @@ from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.pipeline import Pipeline, Stage
 from pipeline_app.domain.states import DeadKind
 from pipeline_app.errors import BadJobLineError
-from pipeline_app.flow.handle import PERMANENT
+from pipeline_app.flow.execute import permanent_kind
 from pipeline_app.store.encoding import UnstorableError, encode
 from pipeline_app.store.outputs import encode_output
 
@@ -94,7 +94,7 @@ def _step(pipeline: Pipeline, stage: Stage, line: JobLine, value: Any) -> Step:
         raise
     except BaseException as exc:  # noqa: BLE001 - also SystemExit, as in a worker
         error = ErrorRecord.of(exc).as_dict()
-        kind = next((kind for permanent, kind in PERMANENT.items() if isinstance(exc, permanent)), None)
+        kind = permanent_kind(exc)
         if kind is None and stage.retry.allows(1):
             return made("would_retry", error=error, retry_in_s=round(stage.retry.delay_s(1), 3))
         return made("dead_lettered", error=error, kind=kind or DeadKind.EXHAUSTED)

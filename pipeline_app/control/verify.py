@@ -1,28 +1,30 @@
 """Accounting: is every job of a run where it says it is, and do the counters, the ledger and the event log agree?
 
 The store is read as it was at one instant, so that a run may go on meanwhile. What RabbitMQ holds can only be compared
-exactly while nothing consumes; otherwise `exact` is false.
+exactly while nothing consumes; otherwise `exact` is false. What is amiss is mended by `repair.py`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline_app.control import flaws, hints
+from pipeline_app.control.repair import Todo, written
+from pipeline_app.control.repair import repair as mend
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.domain.states import JobState, MessageState
-from pipeline_app.errors import BrokerError
+from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import attempts, counters, events, jobs, manifests, messages, outputs, partitions
-from pipeline_app.store.client import Document, Session
-from pipeline_app.transport.depth import Depth, depths
+from pipeline_app.store import accounts, manifests
+from pipeline_app.store.accounts import RunFlags
+from pipeline_app.store.client import Session
 
 #: Problems that are listed one by one; beyond it they are only counted.
 LISTED = 100
 
-_ALIVE = frozenset({MessageState.OPEN, MessageState.CLAIMED, MessageState.DRAFT})
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,19 @@ class Verification:
 
     run: str
     #: Whether the broker could be compared exactly: nothing consumed meanwhile.
-    exact: bool
-    seeded: int
-    states: dict[str, int]
+    exact: bool = False
+    seeded: int = 0
+    #: State -> jobs; all of them are there.
+    states: dict[str, int] = field(default_factory=dict)
     counters_agree: bool = True
     problem_count: int = 0
     problems: list[Problem] = field(default_factory=list)
+    #: Problems that were repaired before this look.
     repaired: int = 0
+    #: What was done for that (or, in a dry run, would be): enqueued, detached, replayed, published ... -> how many.
+    repairs: dict[str, int] = field(default_factory=dict)
+    #: What can be repaired of what was found.
+    todo: Todo = field(default_factory=Todo)
 
     @property
     def ok(self) -> bool:
@@ -71,118 +79,181 @@ class Verification:
             "counters_agree": self.counters_agree,
             "problem_count": self.problem_count,
             "repaired": self.repaired,
+            "repairs": self.repairs,
             "problems": [vars(problem) for problem in self.problems],
         }
 
 
-def verify(rt: Runtime, run: str, *, progress: Callable[[int], None] = lambda looked_at: None) -> Verification:
+def verify(
+    rt: Runtime,
+    run: str,
+    *,
+    repair: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda looked_at: None,
+) -> Verification:
     """Look at every job of a run; costs a few seconds for each hundred thousand.
 
     Args:
-        progress: called with the number of jobs looked at.
+        repair: bring back what is amiss, then look once more: what that finds is the answer.
+        dry_run: with `repair`, only say in `repairs` what it would do.
+        progress: called with the number of records looked at.
 
-    Raises NotFoundError, StoreError. A broker that is away makes the answer inexact.
+    Raises NotFoundError, StoreError; with `repair` BrokerError. Else a broker that is away makes the answer inexact.
     """
-    plan = RunPlan.of(manifests.get(rt.store, run))
+    found = _look(rt, RunPlan.of(manifests.get(rt.store, run)), progress)
+    if not repair:
+        return found
+    if dry_run:
+        found.repairs = found.todo.planned()
+        return found
+    return repaired(rt, found, progress=progress)
+
+
+def repaired(
+    rt: Runtime,
+    found: Verification,
+    *,
+    mending: Progress = lambda mended: None,
+    progress: Progress = lambda looked_at: None,
+) -> Verification:
+    """Repair what a look found, and look once more. Harmless while the run goes on, again, and by two at once.
+
+    Raises StoreError, BrokerError.
+    """
+    if not found.todo.planned():
+        return found
+    plan = RunPlan.of(manifests.get(rt.store, found.run))
+    done = mend(rt, plan, found.todo, mending)
+    left = _look(rt, plan, progress)
+    left.repaired, left.repairs = done.problems, written(done.done)
+    return left
+
+
+def _look(rt: Runtime, plan: RunPlan, progress: Progress) -> Verification:
+    found = Verification(run=plan.run)
     with rt.store.unhurried(), rt.store.snapshot() as session:
-        stored = jobs.count_by_state(rt.store, plan.run, session)
-        totals = counters.totals(rt.store, plan.run, session)
-        found = Verification(run=plan.run, exact=False, seeded=_seeded(totals), states=_by_state(stored))
-        _compare_counts(found, plan, stored, totals)
-        _compare_ledger(rt, found, plan, totals, session)
-        looked_at = 0
-        for page in jobs.stream(rt.store, plan.run, session=session):
-            _look_at(rt, found, page, session)
-            looked_at += len(page)
-            progress(looked_at)
+        flags = accounts.flags(rt.store, plan.run, session)
+        found.todo.corrections = flags.corrections
+        counted = accounts.counted(rt.store, plan.run, flags.leaving, session)
+        logged = accounts.logged(rt.store, plan.run, flags.leaving, session)
+        recorded, looked_at = _look_at_ledger(rt, found, session, progress)
+        stored = _look_at_jobs(rt, found, plan, flags, session, lambda number: progress(looked_at + number))
+        stages = list(dict.fromkeys([stage.name for stage in plan.stages] + [stage for stage, _ in stored]))
+        _compare_seeded(found, plan, stored, counted, logged)
+        for stage in stages:
+            _compare_states(found, stage, stored, counted.get(stage, {}))
+            _compare_completed(found, stage, recorded[stage], counted.get(stage, {}), logged.get(stage, {}))
+        if sum(found.states.values()) < found.seeded:
+            _name_the_gone(rt, found, flags, session)
+    found.counters_agree = not found.todo.counts
     _compare_broker(rt, found, plan)
     return found
 
 
-def _seeded(totals: dict[str, dict[str, int]]) -> int:
-    return sum(stage.get("seeded", 0) for stage in totals.values())
+def _look_at_ledger(rt: Runtime, found: Verification, session: Session, progress: Progress) -> tuple[Counter[str], int]:
+    """Stage -> attempts that ended ok; and how many attempts there are."""
+    recorded: Counter[str] = Counter()
+    size = 0
+    for part in accounts.ledger(rt.store, found.run, session):
+        recorded.update(part.ok)
+        for row in part.twice:
+            detail = f"recorded as done {row['n']} times in generation {row['generation']}: that cannot be undone"
+            found.add("recorded_twice", detail, job_id=row["job"], stage=row["stage"])
+        size += part.size
+        progress(size)
+    return recorded, size
 
 
-def _by_state(stored: dict[tuple[str, str], int]) -> dict[str, int]:
-    states = dict.fromkeys(map(str, JobState), 0)
+def _look_at_jobs(
+    rt: Runtime, found: Verification, plan: RunPlan, flags: RunFlags, session: Session, progress: Progress
+) -> Counter[tuple[str, str]]:
+    """(stage, stored state) -> jobs; notes states and flaws."""
+    stored: Counter[tuple[str, str]] = Counter()
+    running = looked_at = 0
+    for page in accounts.job_pages(rt.store, plan.run, leaving=flags.leaving, session=session):
+        stored.update((row["stage"], row["state"]) for row in page)
+        looked = flaws.look(rt, plan, page, flags, session)
+        running += len(looked.running)
+        for flaw in looked.flaws:
+            found.add("lost", flaw.detail, job_id=flaw.row["job"], stage=flaw.row["stage"])
+            if flaw.mend is not None:
+                found.todo.jobs[flaw.mend] += 1
+        looked_at += len(page)
+        progress(looked_at)
+    found.states = dict.fromkeys(map(str, JobState), 0)
     for (_, state), number in stored.items():
-        states[state] += number
-    return states
+        found.states[state] += number
+    found.states[JobState.RUNNING] += running
+    found.states[JobState.PENDING] -= running
+    return stored
 
 
-def _compare_counts(
-    found: Verification, plan: RunPlan, stored: dict[tuple[str, str], int], totals: dict[str, dict[str, int]]
+def _compare_seeded(
+    found: Verification,
+    plan: RunPlan,
+    stored: Counter[tuple[str, str]],
+    counted: dict[str, dict[str, int]],
+    logged: dict[str, dict[str, int]],
 ) -> None:
-    if sum(stored.values()) != found.seeded:
-        found.add("lost", f"{found.seeded} jobs were seeded, {sum(stored.values())} are there")
-    for stage, state in itertools.product((stage.name for stage in plan.stages), map(str, JobState)):
-        counted, kept = stored.get((stage, state), 0), totals.get(stage, {}).get(f"states.{state}", 0)
-        if counted != kept:
-            found.counters_agree = False
-            found.add("counter", f"{counted} jobs are {state}, the counters say {kept}", stage=stage)
+    """How many jobs were seeded: counters, event log and the jobs themselves say it, and one of them may be wrong."""
+    there = sum(stored.values())
+    in_counters = sum(numbers.get("seeded", 0) for numbers in counted.values())
+    in_log = sum(numbers["seeded"] for numbers in logged.values())
+    # Nobody removes lines of the log; where it lacks some all the same, the counters know better.
+    found.seeded = in_log if in_log >= there else max(there, in_counters)
+    first = plan.stages[0].name
+    if in_counters != found.seeded:
+        found.add("counter", f"{found.seeded} jobs were seeded, the counters say {in_counters}", stage=first)
+        found.todo.counts[first]["seeded"] = found.seeded - in_counters
+    if in_log != found.seeded:
+        found.add("event", f"{found.seeded} jobs were seeded, the events say {in_log}", stage=first)
+        found.todo.events[first]["seeded"] = found.seeded - in_log
 
 
-def _compare_ledger(
-    rt: Runtime, found: Verification, plan: RunPlan, totals: dict[str, dict[str, int]], session: Session
+def _compare_states(found: Verification, stage: str, stored: Counter[tuple[str, str]], counted: dict[str, int]) -> None:
+    for state in map(str, JobState):
+        there, kept = stored[stage, state], counted.get(f"states.{state}", 0)
+        if there != kept:
+            found.add("counter", f"{there} jobs are {state}, the counters say {kept}", stage=stage)
+            found.todo.counts[stage][f"states.{state}"] = there - kept
+
+
+def _compare_completed(
+    found: Verification, stage: str, recorded: int, counted: dict[str, int], logged: dict[str, int]
 ) -> None:
-    recorded = attempts.count_ok(rt.store, plan.run, session)
-    logged = events.recorded_jobs(rt.store, plan.run, session)
-    for stage in plan.stages:
-        completed = totals.get(stage.name, {}).get("completed", 0)
-        numbers = {"counters": completed, "ledger": recorded.get(stage.name, 0), "events": logged.get(stage.name, 0)}
-        if len(set(numbers.values())) > 1:
-            detail = ", ".join(f"{name} say {number}" for name, number in numbers.items())
-            found.add("event", f"completed jobs: {detail}", stage=stage.name)
-    for row in attempts.recorded_twice(rt.store, plan.run, session):
-        detail = f"recorded as done {row['n']} times in generation {row['generation']}"
-        found.add("recorded_twice", detail, job_id=row["job"], stage=row["stage"])
+    """The ledger is the truth: it has a line of its own for each job."""
+    in_counters, in_log = counted.get("completed", 0), logged.get("advanced", 0)
+    if in_counters != recorded:
+        found.add("counter", f"{recorded} jobs completed it, the counters say {in_counters}", stage=stage)
+        found.todo.counts[stage]["completed"] = recorded - in_counters
+    if in_log != recorded:
+        found.add("event", f"{recorded} jobs completed it, the events say {in_log}", stage=stage)
+        found.todo.events[stage]["advanced"] = recorded - in_log
 
 
-def _look_at(rt: Runtime, found: Verification, page: list[Document], session: Session) -> None:
-    named = [row["message"] for row in page if row["message"] is not None]
-    states = messages.states(rt.store, named, session) if named else {}
-    results = {f"{row['_id']}/{row['input']}": row for row in page if row["state"] == JobState.TERMINAL}
-    missing = outputs.missing(rt.store, list(results), session) if results else set()
-    for key in missing:
-        row = results[key]
-        found.add("lost", "it is terminal, and its result is not there", job_id=row["job"], stage=row["stage"])
-    for row in page:
-        detail = _stranded(row, states)
-        if detail is not None:
-            found.add("lost", detail, job_id=row["job"], stage=row["stage"])
-
-
-def _stranded(row: Document, states: dict[str, str]) -> str | None:
-    """Why nothing will ever move this job on, or None."""
-    state, message = row["state"], row["message"]
-    if state == JobState.PENDING and states.get(message) not in _ALIVE:
-        return f"it is pending in message {message}, which is {states.get(message, 'not there')}"
-    if state != JobState.PENDING and message is not None:
-        return f"it is {state} and names message {message}"
-    if state == JobState.RETRY_WAITING and "due_at" not in row:
-        return "it waits for a retry that has no time"
-    if state == JobState.WAITING and "due_at" not in row and row.get("reason") != "definition":
-        return f"it waits ({row.get('reason')}) for no time"
-    return None
+def _name_the_gone(rt: Runtime, found: Verification, flags: RunFlags, session: Session) -> None:
+    """Jobs are gone: which, the log knows."""
+    there = sum(found.states.values())
+    detail = f"it is gone: {found.seeded} jobs were seeded, {there} are there; no command deletes jobs, so it was done"
+    detail += " in MongoDB, and only a backup of that brings it back"
+    unnamed = found.seeded - there
+    for page in accounts.seeded_pages(rt.store, found.run, flags.leaving, session):
+        for job_id in accounts.absent(rt.store, found.run, page, session):
+            found.add("lost", detail, job_id=job_id)
+            unnamed -= 1
+    for _ in range(unnamed):
+        found.add("lost", detail)
 
 
 def _compare_broker(rt: Runtime, found: Verification, plan: RunPlan) -> None:
-    names = {stage.name for stage in plan.stages}
-    rows = [row for row in partitions.of_pipelines(rt.store, [plan.pipeline]) if row["stage"] in names]
-    queues = {row["_id"]: row["stage"] for row in rows}
-    try:
-        held: dict[str, Depth] = depths(rt.settings.amqp_url, list(queues))
-    except BrokerError:
-        return
-    found.exact = all(depth.consumers == 0 for depth in held.values())
-    if not found.exact:
-        return
-    for queue, number in _open_messages(rt, queues):
-        if number > held[queue].ready:
-            detail = f"{queue} has {held[queue].ready} hints for {number} open messages; the sweep publishes them"
-            found.add("message_gone", detail, stage=queues[queue])
-
-
-def _open_messages(rt: Runtime, queues: dict[str, str]) -> Iterator[tuple[str, int]]:
-    for queue in queues:
-        yield queue, messages.count_published(rt.store, queue)
+    compared = hints.compare(rt, plan)
+    found.exact = compared.exact
+    stages: dict[str, str | None] = defaultdict(lambda: None, hints.stage_of_queue(rt, plan))
+    for queue, number in compared.unpublished.items():
+        detail = f"{number} messages for {queue} were not published, and no worker does it"
+        found.add("unpublished", detail, stage=stages[queue])
+        found.todo.unpublished[queue] = number
+    for queue, (ready, number) in compared.gone.items():
+        found.add("message_gone", f"{queue} has {ready} hints for {number} open messages", stage=stages[queue])
+        found.todo.gone[queue] = number

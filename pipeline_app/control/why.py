@@ -11,6 +11,7 @@ import shlex
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.control.keeping import Answer, kept
 from pipeline_app.control.ledger import find_job, last_errors
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
@@ -19,9 +20,6 @@ from pipeline_app.runtime import Runtime
 from pipeline_app.store import attempts, manifests, messages, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.depth import Depth, depths
-
-#: Sentence, machine-readable cause, hint.
-Answer = tuple[str, dict[str, Any] | None, str | None]
 
 
 def why(rt: Runtime, run: str, job_id: str) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _answer(
     if state == JobState.DEAD_LETTERED:
         return _dead(rt, plan, row)
     if state == JobState.CANCELLED:
-        return f"its run was cancelled at {_time(manifest['cancelled_at'])}", None, None
+        return _cancelled(manifest, row), None, None
     hidden = _hidden_batch(rt, plan.run, row["batch"])
     if hidden is not None:
         return _batch(hidden)
@@ -73,6 +71,8 @@ def _answer(
     if manifest["cancelled_at"] is not None:
         at = manifest["cancelled_at"]
         return f"its run was cancelled at {_time(at)}; it is moved any moment", {"kind": "cancel", "since": at}, None
+    if row.get("waits_for") is not None:
+        return kept(rt, row)
     if state == JobState.RETRY_WAITING:
         return _retry(rt, plan, row)
     if state == JobState.WAITING:
@@ -82,10 +82,18 @@ def _answer(
     return f"it is {state}", {"kind": str(state)}, None
 
 
+def _cancelled(manifest: Document, row: Document) -> str:
+    since = manifest["cancelled_at"]
+    if since is None or row["updated_at"] < since:
+        return f"it was cancelled at {_time(row['updated_at'])}, in {row['stage']}"
+    return f"its run was cancelled at {_time(since)}"
+
+
 def _dead(rt: Runtime, plan: RunPlan, row: Document) -> Answer:
     error = last_errors(rt, plan.run, [row])[row["_id"]]
     what = f"it was dead-lettered in {row['stage']} at {_time(row['updated_at'])} ({row['reason']}): {_brief(error)}"
-    return what, None, f"pipeline-app failures {plan.run} --job {shlex.quote(row['job'])} shows the whole error"
+    show = f"pipeline-app failures {plan.run} --job {shlex.quote(row['job'])} shows the whole error"
+    return what, None, f"{show}; --error {row['error_group']} instead of --job lists those that died alike"
 
 
 def _hidden_batch(rt: Runtime, run: str, batch: str) -> Document | None:

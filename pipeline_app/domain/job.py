@@ -160,3 +160,9 @@ class Job:
     key: str
     #: Logs with `run`, `stage` and `job` as attributes of every record, for your formatter.
     log: logging.LoggerAdapter[logging.Logger] = field(repr=False, compare=False)
+    #: What the handler reported by `spend`, by unit.
+    spent: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def spend(self, amount: float, unit: str = "units") -> None:
+        """Report what the work costs, for throttles with a budget: tokens, money. Counts also if the handler fails."""
+        self.spent[unit] = self.spent.get(unit, 0.0) + amount

@@ -10,6 +10,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
+from pipeline_app.domain.fingerprint import frame_of, group_of
 from pipeline_app.domain.states import DeadKind
 
 #: Longer texts of errors are cut: a ledger line is not a log file.
@@ -59,20 +60,33 @@ class ErrorRecord:
     type: str
     message: str
     traceback: str
-    #: Where it was raised: `module:function`.
+    #: Where it came from in the user's code: `module:function`.
     frame: str | None = None
     #: Names errors of this kind: the same for the same type, message but for its varying parts, and frame.
-    group: str | None = None
+    group: str = ""
     #: What is known of the end of a process that died under the job.
     evidence: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # Here, so that an error that was made without an exception has its group, too.
+        if not self.group:
+            object.__setattr__(self, "group", group_of(self.type, self.message, self.frame))
 
     @classmethod
     def of(cls, exc: BaseException) -> ErrorRecord:
         """The record of `exc`; its traceback starts below the framework's own frames."""
-        text = "".join(traceback.format_exception(type(exc), exc, _below_framework(exc.__traceback__)))
+        frames = _below_framework(exc.__traceback__)
+        text = "".join(traceback.format_exception(type(exc), exc, frames))
         if len(text) > MAX_TRACEBACK:
             text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
-        return cls(type=_type_name(exc), message=_clean(_message(exc))[:MAX_ERROR_TEXT], traceback=_clean(text))
+        name, message, frame = _type_name(exc), _clean(_message(exc)), frame_of(frames)
+        return cls(
+            type=name,
+            message=message[:MAX_ERROR_TEXT],
+            traceback=_clean(text),
+            frame=frame,
+            group=group_of(name, message, frame),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For documents and JSON."""

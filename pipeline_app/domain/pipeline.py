@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline_app.domain.handler import Handler, inspect_handler
+from pipeline_app.domain.durations import seconds
+from pipeline_app.domain.handler import Handler, import_object, inspect_handler
 from pipeline_app.domain.partition import partition_key
 from pipeline_app.domain.retry import Retry
-from pipeline_app.errors import DefinitionError, NotFoundError
+from pipeline_app.errors import DefinitionError, NotFoundError, UsageError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
 #: A chunk's job ids stand in one document and in one event; beyond this nothing is gained.
@@ -28,7 +29,11 @@ class Stage:
         name: default is the handler's name.
         chunk: how many jobs travel in one message at most, 1 to 1000.
         retry: when a failed job is tried again.
-        losses: how often a job may lose its worker in this stage before it is dead-lettered as `worker_lost`.
+        deferrals: how often a handler may say that a job's target is closed before the job is dead-lettered.
+        losses: how often a job's process may die under its handler in this stage before the job is dead-lettered as
+            `worker_lost`. From the first time on the job runs in a process of its own; a death that may have been
+            another job's doing, or nobody's, counts a quarter.
+        grace: how long a handler may go on after all its jobs were cancelled, before it is stopped; such as "30s".
 
     Raises DefinitionError.
     """
@@ -41,6 +46,8 @@ class Stage:
         chunk: int = 1,
         retry: Retry | None = None,
         losses: int = 5,
+        deferrals: int = 1000,
+        grace: str | float = "30s",
     ) -> None:
         self.handler: Handler = inspect_handler(handler)
         self.name = _check_name("stage", name or self.handler.function.__name__)
@@ -48,11 +55,15 @@ class Stage:
             raise DefinitionError(f"stage {self.name}: chunk is a whole number from 1 to {MAX_CHUNK}, not {chunk!r}")
         if isinstance(losses, bool) or not isinstance(losses, int) or losses < 1:
             raise DefinitionError(f"stage {self.name}: losses is a whole number from 1, not {losses!r}")
+        if isinstance(deferrals, bool) or not isinstance(deferrals, int) or deferrals < 1:
+            raise DefinitionError(f"stage {self.name}: deferrals is a whole number from 1, not {deferrals!r}")
         if not isinstance(retry, Retry | None):
             raise DefinitionError(f"stage {self.name}: retry is a Retry, not {retry!r}")
         self.chunk = chunk
         self.retry = retry or Retry()
         self.losses = losses
+        self.deferrals = deferrals
+        self.grace_s = _duration(f"stage {self.name}: grace", grace)
 
     def definition(self) -> dict[str, Any]:
         """What the run's manifest keeps of it: the path of the handler, not its code."""
@@ -62,6 +73,8 @@ class Stage:
             "chunk": self.chunk,
             "retry": self.retry.definition(),
             "losses": self.losses,
+            "deferrals": self.deferrals,
+            "grace": self.grace_s,
         }
 
     def __repr__(self) -> str:
@@ -144,7 +157,7 @@ class Pipeline:
     def hash(self) -> str:
         """16 hex digits of the definition; a worker runs only jobs of runs whose definition it has.
 
-        Retry policies and budgets are left out: they may be changed while a run goes on.
+        Retry policies, budgets and grace are left out: they may be changed while a run goes on.
         """
         definition = self.definition()
         stages = [{key: row[key] for key in ("name", "handler", "chunk")} for row in definition["stages"]]
@@ -170,6 +183,17 @@ def signatures(then: Any) -> list[dict[str, Any]]:
         if str(part["task"]).startswith("celery."):
             raise DefinitionError(f"then: {part['task']} is not supported", hint="plain tasks and chains of them")
     return [json.loads(json.dumps(dict(part), default=str)) for part in parts]
+
+
+def load_pipeline(path: str, root: Path) -> Pipeline:
+    """The pipeline that the setting `pipelines` names: `module:attribute`, or a definition file in the folder `root`.
+
+    Raises DefinitionError.
+    """
+    pipeline = load_definition(root / path) if path.endswith((".toml", ".json")) else import_object(path)
+    if not isinstance(pipeline, Pipeline):
+        raise DefinitionError(f"{path} is a {type(pipeline).__name__}, not a Pipeline")
+    return pipeline
 
 
 def load_definition(path: Path) -> Pipeline:
@@ -206,10 +230,10 @@ def from_definition(table: Any) -> Pipeline:
 def _stage(row: Any) -> Stage:
     if not isinstance(row, Mapping):
         raise DefinitionError("each of stages is a table")
-    _known(row, {"name", "handler", "chunk", "retry", "losses"}, "stage")
+    _known(row, {"name", "handler", "chunk", "retry", "losses", "deferrals", "grace"}, "stage")
     if not isinstance(row.get("handler"), str):
         raise DefinitionError("a stage has no handler", hint='write handler = "module:name"')
-    options = {key: row[key] for key in ("name", "chunk", "losses") if key in row}
+    options = {key: row[key] for key in ("name", "chunk", "losses", "deferrals", "grace") if key in row}
     return Stage(row["handler"], retry=_retry(row.get("retry")), **options)
 
 
@@ -222,6 +246,13 @@ def _retry(table: Any) -> Retry | None:
     options = {names.get(str(key), str(key)): value for key, value in table.items()}
     _known(options, {"attempts", "backoff", "cap", "jitter"}, "retry")
     return Retry(**options)
+
+
+def _duration(what: str, value: str | float) -> float:
+    try:
+        return seconds(value)
+    except UsageError as exc:
+        raise DefinitionError(f"{what}: {exc.message}", hint=exc.hint) from exc
 
 
 def _tag_names(pipeline: str, names: Any) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ class StagePlan:
     name: str
     chunk: int
     losses: int
+    #: How long a handler may go on after all its jobs were cancelled.
+    grace_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,14 @@ class RunPlan:
             pipeline=manifest["pipeline"],
             hash=manifest["hash"],
             stages=tuple(
-                StagePlan(name=row["name"], chunk=row["chunk"], losses=row["losses"]) for row in definition["stages"]
+                StagePlan(
+                    name=row["name"],
+                    chunk=row["chunk"],
+                    losses=row["losses"],
+                    # Not kept yet in runs that were made before stages had one.
+                    grace_s=row.get("grace", 30.0),
+                )
+                for row in definition["stages"]
             ),
             partition_by=None if partition_by is None else tuple(partition_by),
             then=tuple(manifest["then"]),

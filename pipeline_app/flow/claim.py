@@ -29,6 +29,8 @@ class Work:
     jobs: dict[str, Document]
     #: Job id -> what the handler gets.
     inputs: dict[str, Any]
+    #: Name of the stage's Celery task.
+    task: str
     #: The hold or throttle that let these jobs go, if one did.
     released_by: str | None = None
 
@@ -107,5 +109,6 @@ def _work(plan: RunPlan, row: Document, found: dict[str, Document], values: dict
             job: values.get(f"{keys[job]}/{document['input']}") if document["input"] else document.get("payload")
             for job, document in present.items()
         },
+        task=f"{plan.pipeline}.{row['stage']}",
         released_by=row.get("released_by"),
     )

@@ -30,9 +30,11 @@ from pipeline_app.domain.outcome import AttemptOutcome, ErrorRecord, Move, Outco
 from pipeline_app.domain.pipeline import Stage
 from pipeline_app.errors import PipelineError, StoreError
 from pipeline_app.flow import claim, gates, handle, record
+from pipeline_app.flow.closing import Closings
 from pipeline_app.flow.forward import Notes, forward
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.flow.group import Group
+from pipeline_app.flow.throttling import Leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages, partitions
 from pipeline_app.store.client import Document
@@ -61,6 +63,7 @@ class Flow:
         self._slots = threading.Semaphore(slots) if slots else nullcontext()
         self.notes = Notes(rt)
         self._stopping = when_stopping
+        self._closings = Closings(rt)
         self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
         self._records: Group[record.Record, list[Document]] = Group(
             lambda rows: record.record_together(rt, rows), limit=RECORD_JOBS, weight=record.weight
@@ -81,7 +84,11 @@ class Flow:
                 return self._await_definition(work)
             stage = pipeline.stage(work.stage)
             ready, refused = gates.sort(self.rt, work)
-            outcomes = refused + handle.handle(self.rt, work, stage, ready)
+            leave = Leave(self.rt, work)
+            outcomes = refused + handle.handle(self.rt, work, stage, ready, leave, self._closings)
+        _until_known("settling", work.message, leave.settle)
+        # Before the jobs are recorded as held: what holds them must be there.
+        _until_known("closing", work.message, self._closings.settle)
         next_messages = self._record(work, outcomes, stage.handler.code_version)
         if next_messages:
             self._forwards.submit(next_messages)
@@ -102,7 +109,7 @@ class Flow:
         def give_up() -> None:
             mine = {"worker": self.rt.incarnation(), "process": self.rt.process}
             for row in messages.claimed(self.rt.store, _id=message, **mine):
-                forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc)), self.notes)
+                forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc), its_own_doing=True), self.notes)
 
         _until_known("giving up", message, give_up)
 
@@ -143,7 +150,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     Raises ChunkFailedError if handlers ran and every one failed.
     """
     ran = [outcome for outcome in outcomes if outcome.attempt is not None]
-    failed = [outcome for outcome in ran if outcome.attempt is AttemptOutcome.FAILED]
+    failed = [outcome for outcome in ran if outcome.attempt in (AttemptOutcome.FAILED, AttemptOutcome.LOST)]
     if ran and len(failed) == len(ran):
         error = failed[0].error
         assert error is not None

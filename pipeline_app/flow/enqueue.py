@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from pipeline_app.domain.job import idempotency_key
+from pipeline_app.domain.outcome import Move
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.pipeline import MAX_CHUNK
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.domain.states import JobState
+from pipeline_app.domain.states import JobState, WaitReason
 from pipeline_app.store import messages
 from pipeline_app.store.client import Document
 
@@ -82,3 +83,16 @@ def then_queue(pipeline: str) -> str:
 def enqueued_state(message: str) -> Document:
     """What a job's document says when it is in that message."""
     return {"state": JobState.PENDING, "message": message}
+
+
+def parked_state(move: Move, keeper: str | None) -> Document:
+    """What a job's document says while a hold, a pause or a throttle keeps it in the store."""
+    state, reason = _PARKED[move]
+    return {"state": state, "reason": reason, "message": None, "waits_for": keeper}
+
+
+_PARKED: dict[Move, tuple[JobState, str]] = {
+    Move.HOLD: (JobState.HELD, "hold"),
+    Move.PAUSE: (JobState.WAITING, WaitReason.PAUSE),
+    Move.THROTTLE: (JobState.WAITING, WaitReason.THROTTLE),
+}

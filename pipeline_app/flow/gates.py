@@ -5,7 +5,7 @@ A job can be stopped at a gate without touching the others of its chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from pipeline_app.domain.outcome import Move, Outcome
@@ -38,10 +38,43 @@ def expired(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | No
     return Outcome(job_id=job_id, move=Move.BURY, kind=DeadKind.EXPIRED)
 
 
+def closed(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
+    """A job whose target is held, or whose place is paused, waits in the store; what the hold itself let go passes."""
+    place = rt.memory.flags().closures.at(work.plan.run, work.task, work.partition)
+    if place.is_empty:
+        return None
+    for closure in place.matching(work.jobs[job_id]["tags"]):
+        if closure.passes is None or closure.passes != work.released_by:
+            move = Move.PAUSE if closure.is_pause else Move.HOLD
+            return Outcome(job_id=job_id, move=move, waits_for=closure.id)
+    return None
+
+
+def is_open(rt: Runtime, run: str, task: str, partition: str) -> bool:
+    """Whether nothing at all is closed or throttled there."""
+    flags = rt.memory.flags()
+    return flags.closures.at(run, task, partition).is_empty and flags.throttles.at(run, task, partition).is_empty
+
+
+def keeper(rt: Runtime, run: str, task: str, partition: str, tags: Mapping[str, str]) -> tuple[Move, str] | None:
+    """What keeps a job that comes to that place now, so that it need not travel there to be told; None if nothing does.
+
+    Jobs under a rate wait for their turn from the start: a queue in front of the line would be in its way. Other
+    throttles may have room, which only the worker who asks finds out.
+    """
+    flags = rt.memory.flags()
+    for closure in flags.closures.at(run, task, partition).matching(tags):
+        return (Move.PAUSE if closure.is_pause else Move.HOLD), closure.id
+    for throttle in flags.throttles.at(run, task, partition).matching(tags):
+        if throttle.rate_per_s is not None or throttle.is_ordered:
+            return Move.THROTTLE, throttle.id
+    return None
+
+
 #: Asked once, when a chunk is claimed.
-GATES: tuple[Gate, ...] = (duplicate, cancelled, expired)
+GATES: tuple[Gate, ...] = (duplicate, cancelled, expired, closed)
 #: Asked again right before each job's handler: a chunk may take long.
-LATE_GATES: tuple[Gate, ...] = (cancelled, expired)
+LATE_GATES: tuple[Gate, ...] = (cancelled, expired, closed)
 
 
 def ask(gates: tuple[Gate, ...], rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:

@@ -19,17 +19,26 @@ from pipeline_app.store import attempts, jobs, messages, transition
 from pipeline_app.store.client import Document
 from pipeline_app.store.transition import JobMove, NotFittingError, Transition
 
+#: A job that takes its whole worker down each time must end, too; one whose workers are killed from outside should not.
+UNSURE_LOSSES = 4
 
-def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> list[Document]:
+
+def give_back(
+    rt: Runtime, message: Document, *, lost: ErrorRecord | None, its_own_doing: bool = False
+) -> list[Document]:
     """Close the claimed `message` and give its jobs new ones, which are to be published.
 
-    With `lost`, the worker died under it: that is an attempt `lost`, counts against the stage's `losses`, and the jobs
-    go on one by one, so that one that kills its worker takes no others with it.
+    With `lost`, the worker died under it: that is an attempt `lost` of each job, and counts. Any of them may have been
+    the cause, or none: from here on each goes alone, in a message and a process of its own (`alone.py`), and is
+    dead-lettered for such losses only when they are UNSURE_LOSSES times the stage's `losses`. With `its_own_doing` a
+    message of one job is known to have been the cause: then the stage's `losses` are the limit.
 
     Raises StoreError; asking again is harmless.
     """
     plan = rt.memory.need_plan(message["run"])
     stage = plan.stage(message["stage"])
+    sure = its_own_doing and len(message["jobs"]) == 1
+    limit = stage.losses if sure else stage.losses * UNSURE_LOSSES
     if lost and message["process"] != rt.process:
         # Killed in the middle of its record, it holds these very documents. (Ours would be other threads' records.)
         rt.store.end_transactions(message["process"])
@@ -38,7 +47,7 @@ def give_back(rt: Runtime, message: Document, *, lost: ErrorRecord | None) -> li
         found = {k: row for k, row in jobs.for_claim(rt.store, keys).items() if row["message"] == message["_id"]}
         now = rt.store.now()
         whole = Transition(now=now, close=[(message["_id"], message["token"])], given_back=True)
-        doomed = [k for k, row in found.items() if lost and row["losses"] + 1 >= stage.losses]
+        doomed = [k for k, row in found.items() if lost and row["losses"] + 1 >= limit]
         onward = [row["job"] for key, row in found.items() if key not in doomed]
         fresh = new_messages(plan, stage.name, message["partition"], onward, now, chunk=1 if lost else None)
         _move(plan, stage, message, whole, doomed, fresh, lost)
@@ -83,6 +92,7 @@ def _move(
             "reason": DeadKind.WORKER_LOST,
             "message": None,
             "died_in": message["_id"],
+            "error_group": lost.group if lost else None,
         }
         whole.moves.append(JobMove(keys=doomed, guard=guard, set=state, inc=inc))
         place = (plan.run, stage.name, message["partition"])

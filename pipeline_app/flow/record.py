@@ -14,8 +14,9 @@ from datetime import datetime
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.outcome import AttemptOutcome, Move, Outcome
 from pipeline_app.domain.states import JobState, WaitReason
+from pipeline_app.flow import gates
 from pipeline_app.flow.claim import Work
-from pipeline_app.flow.enqueue import enqueued_state, new_messages, then_message
+from pipeline_app.flow.enqueue import enqueued_state, new_messages, parked_state, then_message
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import attempts, messages, transition
 from pipeline_app.store.client import Document
@@ -119,7 +120,7 @@ def _plan(rt: Runtime, record: Record, now: datetime) -> None:
     for move, make in _MAKERS.items():
         group = [outcome for outcome in mine if outcome.move is move]
         if group:
-            make(record, plan, group, now)
+            make(rt, record, plan, group, now)
     plan.messages.extend(record.next_messages)
     plan.outputs.extend(o.output for o in mine if o.output is not None)
     plan.attempts.extend(_attempt(rt, record, o) for o in mine if o.attempt is not None)
@@ -142,7 +143,7 @@ def _count_replayed(work: Work, plan: Transition, outcomes: Sequence[Outcome]) -
             plan.counts[place][f"operations.{operation}.terminal"] += 1
 
 
-def _advance(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
+def _advance(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
     work = record.work
     job_ids = [outcome.job_id for outcome in group]
     following = work.plan.after(work.stage)
@@ -157,17 +158,41 @@ def _advance(record: Record, plan: Transition, group: Sequence[Outcome], now: da
             record.next_messages.append(then_message(work.plan, work.partition, generations, work.message, now))
         return
     fresh = {"stage": following.name, "failures": 0, "deferrals": 0, "losses": 0, **given}
-    for message in new_messages(work.plan, following.name, work.partition, job_ids, now):
+    plan.count(place, JobState.PENDING, None, len(group))
+    there = (work.plan.run, following.name, work.partition)
+    free, kept = _by_keeper(rt, work, following.name, job_ids)
+    for message in new_messages(work.plan, following.name, work.partition, free, now):
         plan.moves.append(_move(work, message["jobs"], {**enqueued_state(message["_id"]), **fresh}))
         record.next_messages.append(message)
-    plan.count(place, JobState.PENDING, None, len(group))
-    plan.count((work.plan.run, following.name, work.partition), None, JobState.PENDING, len(group))
+    plan.count(there, None, JobState.PENDING, len(free))
+    for (move, keeper), ids in kept.items():
+        state = parked_state(move, keeper)
+        plan.moves.append(_move(work, ids, {**state, **fresh}))
+        plan.count(there, None, state["state"], len(ids))
 
 
-def _retry(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+def _by_keeper(
+    rt: Runtime, work: Work, stage: str, job_ids: Sequence[str]
+) -> tuple[list[str], dict[tuple[Move, str], list[str]]]:
+    """The jobs that may go straight on to the next stage, and those that something keeps from it."""
+    task = f"{work.plan.pipeline}.{stage}"
+    if gates.is_open(rt, work.plan.run, task, work.partition):
+        return list(job_ids), {}
+    free: list[str] = []
+    kept: dict[tuple[Move, str], list[str]] = {}
+    for job_id in job_ids:
+        keeper = gates.keeper(rt, work.plan.run, task, work.partition, work.jobs[job_id]["tags"])
+        if keeper is None:
+            free.append(job_id)
+        else:
+            kept.setdefault(keeper, []).append(job_id)
+    return free, kept
+
+
+def _retry(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     work = record.work
     # One write for all that failed as often, in the same way: they come back together.
-    alike: dict[tuple[int, str | None], list[Outcome]] = {}
+    alike: dict[tuple[int, str], list[Outcome]] = {}
     for outcome in group:
         alike.setdefault((work.jobs[outcome.job_id]["failures"], _group(outcome)), []).append(outcome)
     for (_, error_group), same in alike.items():
@@ -177,8 +202,8 @@ def _retry(record: Record, plan: Transition, group: Sequence[Outcome], now: date
     _count_leaving(record, plan, JobState.RETRY_WAITING, len(group))
 
 
-def _bury(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
-    alike: dict[tuple[str, AttemptOutcome | None, str | None], list[str]] = {}
+def _bury(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+    alike: dict[tuple[str, AttemptOutcome | None, str], list[str]] = {}
     for outcome in group:
         alike.setdefault((str(outcome.kind), outcome.attempt, _group(outcome)), []).append(outcome.job_id)
     for (kind, attempt, error_group), job_ids in alike.items():
@@ -188,8 +213,9 @@ def _bury(record: Record, plan: Transition, group: Sequence[Outcome], now: datet
     _count_leaving(record, plan, JobState.DEAD_LETTERED, len(group))
 
 
-def _group(outcome: Outcome) -> str | None:
-    return None if outcome.error is None else outcome.error.group
+def _group(outcome: Outcome) -> str:
+    """The failure group; what died without an error of its own is grouped by its kind."""
+    return str(outcome.kind) if outcome.error is None else outcome.error.group
 
 
 def _spent(attempt: AttemptOutcome | None) -> dict[str, int]:
@@ -205,26 +231,18 @@ _BUDGETS = {
 }
 
 
-def _park(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+def _park(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     """Into the store's keeping, until what keeps them lets them go."""
     alike: dict[tuple[str | None, AttemptOutcome | None], list[str]] = {}
     for outcome in group:
         alike.setdefault((outcome.waits_for, outcome.attempt), []).append(outcome.job_id)
-    state, reason = _PARKED[group[0].move]
     for (waits_for, attempt), job_ids in alike.items():
-        fields = {"state": state, "reason": reason, "message": None, "waits_for": waits_for}
+        fields = parked_state(group[0].move, waits_for)
         plan.moves.append(_move(record.work, job_ids, fields, **_spent(attempt)))
-    _count_leaving(record, plan, state, len(group))
+        _count_leaving(record, plan, fields["state"], len(job_ids))
 
 
-_PARKED: dict[Move, tuple[JobState, str]] = {
-    Move.HOLD: (JobState.HELD, "hold"),
-    Move.PAUSE: (JobState.WAITING, WaitReason.PAUSE),
-    Move.THROTTLE: (JobState.WAITING, WaitReason.THROTTLE),
-}
-
-
-def _lose(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:
+def _lose(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     """Once more in the same stage, each in a message of its own."""
     work = record.work
     for message in new_messages(work.plan, work.stage, work.partition, [o.job_id for o in group], now, chunk=1):
@@ -232,13 +250,13 @@ def _lose(record: Record, plan: Transition, group: Sequence[Outcome], now: datet
         record.next_messages.append(message)
 
 
-def _cancel(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+def _cancel(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     state = {"state": JobState.CANCELLED, "message": None}
     plan.moves.append(_move(record.work, [outcome.job_id for outcome in group], state))
     _count_leaving(record, plan, JobState.CANCELLED, len(group))
 
 
-def _await_definition(record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+def _await_definition(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     state = {"state": JobState.WAITING, "reason": WaitReason.DEFINITION, "message": None}
     plan.moves.append(_move(record.work, [outcome.job_id for outcome in group], state))
     _count_leaving(record, plan, JobState.WAITING, len(group))
@@ -247,7 +265,9 @@ def _await_definition(record: Record, plan: Transition, group: Sequence[Outcome]
     plan.manifest_flags[record.work.plan.run] = {"awaits_definition": record.work.message}
 
 
-_MAKERS: dict[Move, Callable[[Record, Transition, Sequence[Outcome], datetime], None]] = {
+Maker = Callable[[Runtime, Record, Transition, Sequence[Outcome], datetime], None]
+
+_MAKERS: dict[Move, Maker] = {
     Move.ADVANCE: _advance,
     Move.RETRY: _retry,
     Move.BURY: _bury,

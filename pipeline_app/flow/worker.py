@@ -18,17 +18,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 from celery import bootsteps
+from celery.exceptions import TimeLimitExceeded
 from celery.worker.consumer import Consumer
+from celery.worker.control import control_command
 
+from pipeline_app.domain.evidence import WORKER_LOST, End, worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import DEFAULT, queue_name
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.errors import StoreError
+from pipeline_app.flow.announce import COMMAND
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.flow.give_back import give_back, take_open
 from pipeline_app.flow.lifeline import Lifeline, Shared
 from pipeline_app.runtime import Runtime, process_id
-from pipeline_app.store import messages
+from pipeline_app.store import messages, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.topology import IDLE_QUEUE, Queue, named_queue, parked_queue
 
@@ -64,13 +68,13 @@ class Janitor:
     def __init__(self, runtime: Callable[[], Runtime]) -> None:
         self._runtime = runtime
         #: Message, what became of its child (None if there was none), and that child's pid if it is known.
-        self._todo: queue.Queue[tuple[str, ErrorRecord | None, int | None]] = queue.Queue()
+        self._todo: queue.Queue[tuple[str, BaseException | None, int | None]] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def lost(self, message: str, exc: BaseException, pid: int | None) -> None:
         """The child `pid` that ran this message was killed, or exceeded its time."""
-        self._add(message, ErrorRecord(type=type(exc).__name__, message=str(exc), traceback=""), pid)
+        self._add(message, exc, pid)
 
     def revoked(self, message: str) -> None:
         """The message's Celery task was revoked: its jobs go on under another id."""
@@ -82,7 +86,7 @@ class Janitor:
         while self._todo.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _add(self, message: str, lost: ErrorRecord | None, pid: int | None = None) -> None:
+    def _add(self, message: str, lost: BaseException | None, pid: int | None = None) -> None:
         self._todo.put((message, lost, pid))
         with self._lock:
             if self._thread is None:
@@ -98,7 +102,7 @@ class Janitor:
                 pause = min(pause * 2, 5.0)
             self._todo.task_done()
 
-    def _give_back(self, message: str, lost: ErrorRecord | None, pid: int | None) -> bool:
+    def _give_back(self, message: str, lost: BaseException | None, pid: int | None) -> bool:
         rt = self._runtime()
         try:
             rows = messages.claimed(rt.store, _id=message, worker=rt.incarnation())
@@ -108,7 +112,10 @@ class Janitor:
                 taken = take_open(rt, message)
                 rows = [taken] if taken else []
             for row in rows:
-                publish_or_leave(rt, give_back(rt, row, lost=lost))
+                error = None if lost is None else lost_child(rt, row, lost)
+                # A child may die for others' doing; the time limit is for this message alone.
+                overdue = isinstance(lost, TimeLimitExceeded)
+                publish_or_leave(rt, give_back(rt, row, lost=error, its_own_doing=overdue))
         except StoreError as exc:
             logger.warning("giving back waits: message=%s: %s", message, exc)
             return False
@@ -116,6 +123,26 @@ class Janitor:
             # It stays claimed by this worker until that ends; retrying a bug for ever helps nobody.
             logger.exception("cannot give back: message=%s", message)
         return True
+
+
+def lost_child(rt: Runtime, message: Document, exc: BaseException) -> ErrorRecord:
+    """What is known of the end of the child that had claimed the message. Raises StoreError."""
+    end = End.of_text(str(exc))
+    text, kind = f"its process {end}", WORKER_LOST
+    if isinstance(exc, TimeLimitExceeded):
+        text, kind = f"its process was stopped at the time limit of {exc.args[0]} s", type(exc).__name__
+    record = workers.by_ids(rt.store, [message["worker"]]).get(message["worker"], {})
+    return worker_lost(
+        text,
+        type=kind,
+        **end.as_dict(),
+        pid=process_id(message["process"]),
+        worker=message["worker"],
+        host=socket.gethostname(),
+        # Of the worker with all its children, as it was at its last sign of life.
+        worker_rss_bytes=record.get("rss_bytes"),
+        alone=False,
+    )
 
 
 class WorkerProcess:
@@ -208,6 +235,14 @@ class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
         """Celery acknowledges what it cannot decode; rejected, it goes to the parked queue."""
         logger.error("parked: a message that cannot be decoded: %s", exc)
         message.reject(requeue=False)
+
+
+@control_command(name=COMMAND, args=[("version", int)])  # type: ignore[untyped-decorator]  # Celery ships no types
+def hear(state: Any, version: int) -> dict[str, Any]:  # noqa: ARG001 - the signature is Celery's
+    """What `announce` says to every worker: from here on its processes go by the flags of that version."""
+    shared = Follow.process.shared
+    shared.version = max(shared.version, version)
+    return {"ok": shared.version}
 
 
 class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types

@@ -42,6 +42,26 @@ def by_ids(store: Store, ids: Sequence[str]) -> dict[str, Document]:
         return {row["_id"]: row for row in store.db.job_attempts.find({"_id": {"$in": list(ids)}})}
 
 
+def of_messages(store: Store, rows: Sequence[Sequence[str]]) -> list[Document]:
+    """The attempts that count of `(run, stage, message, job)`, as far as there are any."""
+    return list(by_ids(store, [attempt_id(run, job, stage, message) for run, stage, message, job in rows]).values())
+
+
+def errors_of(store: Store, run: str, failed: Sequence[tuple[str, str, str]]) -> dict[str, Document]:
+    """Each job of `(job, stage, failure group)` -> its last error of that group in that stage, if it had one."""
+    if not failed:
+        return {}
+    either = []
+    for job, stage, group in failed:
+        prefix = attempt_id(run, job, stage, "")
+        # "0" is the character after "/".
+        either.append({"_id": {"$gte": prefix, "$lt": prefix[:-1] + "0"}, "error.group": group})
+    with translated(store):
+        rows = store.db.job_attempts.find({"$or": either}, {"job": 1, "started_at": 1, "error": 1})
+        found = sorted(rows, key=lambda row: (row["started_at"], row["_id"]))
+    return {row["job"]: row["error"] for row in found}
+
+
 def of_run(store: Store, run: str, *, stage: str | None, limit: int) -> list[Document]:
     """The last `limit` attempts of a run, oldest first.
 

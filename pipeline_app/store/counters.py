@@ -31,8 +31,10 @@ def totals(store: Store, run: str, session: Session | None = None) -> dict[str, 
 def of_operation(store: Store, run: str, operation: str) -> dict[str, int]:
     """What became of the jobs of a replay: `{"failed": attempts, "terminal": jobs}`."""
     sums = {"failed": 0, "terminal": 0}
-    with translated(store):
-        for row in store.db.run_counters.find({"run": run, f"operations.{operation}": {"$exists": True}}):
+    query = {"run": run, f"operations.{operation}": {"$exists": True}}
+    # At one instant: what is being folded would be counted twice or not at all, and halt a replay for nothing.
+    with store.snapshot() as session:
+        for row in store.db.run_counters.find(query, session=session):
             for key, number in row["operations"][operation].items():
                 sums[key] += number
     return sums

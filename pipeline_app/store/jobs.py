@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ CLAIM_FIELDS = {
     "input": 1,
     "generation": 1,
     "failures": 1,
+    "deferrals": 1,
     "losses": 1,
     "expires_at": 1,
     "operation": 1,
@@ -27,6 +29,9 @@ CLAIM_FIELDS = {
 
 #: Fields that only a job in the store's keeping has; whoever moves it on takes them away.
 PARKED_FIELDS = ("due_at", "reason", "waits_for")
+
+#: Jobs that one step of a walk looks at, at most.
+WALK = 5000
 
 
 def document(
@@ -76,6 +81,13 @@ def for_claim(store: Store, keys: Sequence[str]) -> dict[str, Document]:
         return {row["_id"]: row for row in store.db.job_states.find({"_id": {"$in": list(keys)}}, CLAIM_FIELDS)}
 
 
+def named(store: Store, keys: Sequence[str]) -> dict[str, str | None]:
+    """`_id` of each of these jobs -> the message that it names."""
+    with translated(store):
+        rows = store.db.job_states.find({"_id": {"$in": list(keys)}}, {"message": 1})
+        return {row["_id"]: row["message"] for row in rows}
+
+
 def get(store: Store, run: str, job_id: str) -> Document | None:
     """The whole job."""
     with translated(store):
@@ -96,6 +108,43 @@ def due(store: Store, now: datetime, limit: int, skip_batches: Sequence[str] = (
         query["batch"] = {"$nin": list(skip_batches)}
     with translated(store):
         return list(store.db.job_states.find(query, {"payload": 0}).sort("due_at", 1).limit(limit))
+
+
+def keepers(store: Store) -> list[str]:
+    """Ids of the holds, pauses and throttles that jobs wait for."""
+    with translated(store):
+        return list(store.db.job_states.distinct("waits_for", {"waits_for": {"$exists": True}}))
+
+
+def kept_by(store: Store, keeper: str, limit: int, *, not_in: Sequence[tuple[str, str]] = ()) -> list[Document]:
+    """Jobs that wait for that, in the order in which they are let go; none of those (stage, partition)."""
+    query: Document = {"waits_for": keeper}
+    if not_in:
+        query["$nor"] = [{"stage": stage, "partition": partition} for stage, partition in not_in]
+    with translated(store):
+        found = store.db.job_states.find(query, {"payload": 0})
+        return list(found.sort([("priority", -1), ("seq", 1)]).limit(limit))
+
+
+def count_before(store: Store, row: Document) -> int:
+    """How many jobs that wait for the same are let go before this one."""
+    earlier = [
+        {"priority": {"$gt": row["priority"]}},
+        {"priority": row["priority"], "seq": {"$lt": row["seq"]}},
+    ]
+    with translated(store):
+        return store.db.job_states.count_documents({"waits_for": row["waits_for"], "$or": earlier})
+
+
+def count_kept_by(store: Store, keepers: Sequence[str]) -> dict[str, int]:
+    """How many jobs wait for each."""
+    stages: list[Document] = [
+        {"$match": {"waits_for": {"$in": list(keepers)}}},
+        {"$group": {"_id": "$waits_for", "n": {"$sum": 1}}},
+    ]
+    with translated(store):
+        found = {row["_id"]: row["n"] for row in store.db.job_states.aggregate(stages)}
+    return {keeper: found.get(keeper, 0) for keeper in keepers}
 
 
 def waiting_for_definition(
@@ -160,6 +209,46 @@ def select(store: Store, run: str, selection: Selection, *, after: str | None, l
         return list(found.sort("_id", 1).limit(limit))
 
 
+def walk(
+    store: Store,
+    run: str,
+    selection: Selection,
+    *,
+    state: JobState,
+    stage: str,
+    after: str,
+    limit: int,
+    not_by: str | None = None,
+) -> tuple[list[Document], str | None]:
+    """Some jobs of a selection in one state and stage, behind the `_id` `after`, without payloads; and how far it came.
+
+    That is an `_id`, or None at the end. Few jobs are looked at however few of them match, so that it answers in time
+    in a run of any size. `not_by` leaves out jobs that this operation replayed last.
+    """
+    place: Document = {"run": run, "state": state, "stage": stage}
+    query = chosen(replace(selection, states=(state,), stage=stage), run)
+    if not_by is not None:
+        query["operation"] = {"$ne": not_by}
+    with translated(store):
+        if selection.job_ids:
+            found = store.db.job_states.find({"$and": [query, {"_id": {"$gt": after}}]}, {"payload": 0})
+            rows = list(found.sort("_id", 1).limit(limit))
+            return rows, rows[-1]["_id"] if len(rows) == limit else None
+        ahead = store.db.job_states.find({**place, "_id": {"$gt": after}}, {"_id": 1}).hint("run_state").sort("_id", 1)
+        edge = next((row["_id"] for row in ahead.skip(WALK - 1).limit(1)), None)
+        bounds = {"$gt": after} if edge is None else {"$gt": after, "$lte": edge}
+        found = store.db.job_states.find({**query, "_id": bounds}, {"payload": 0}).hint("run_state").sort("_id", 1)
+        rows = list(found.limit(limit))
+    return rows, rows[-1]["_id"] if len(rows) == limit else edge
+
+
+def payloads(store: Store, keys: Sequence[str]) -> dict[str, Any]:
+    """`_id` -> payload."""
+    with translated(store):
+        rows = store.db.job_states.find({"_id": {"$in": list(keys)}}, {"payload": 1})
+        return {row["_id"]: row.get("payload") for row in rows}
+
+
 def count_selected(store: Store, run: str, selection: Selection) -> dict[tuple[str, str, str], int]:
     """(stage, stored state, partition) -> jobs of a selection; looks at each."""
     stages: list[Document] = [
@@ -200,16 +289,51 @@ def stream(
         last = rows[-1]["_id"]
 
 
-def dead_letters(store: Store, run: str, *, stage: str | None, job_id: str | None, limit: int) -> list[Document]:
+def dead_letters(
+    store: Store, run: str, *, stage: str | None, job_id: str | None, group: str | None, limit: int
+) -> list[Document]:
     """The last `limit` dead-lettered jobs of a run, the longest dead first."""
     query: Document = {"run": run, "state": JobState.DEAD_LETTERED}
     if stage is not None:
         query["stage"] = stage
+    if group is not None:
+        query["error_group"] = group
     if job_id is not None:
         query["_id"] = job_key(run, job_id)
     with translated(store):
         rows = store.db.job_states.find(query, {"payload": 0}).sort([("updated_at", -1), ("_id", -1)]).limit(limit)
         return list(rows)[::-1]
+
+
+def failure_groups(store: Store, run: str, *, stage: str | None, limit: int) -> list[Document]:
+    """Jobs that are dead or wait for a retry, by stage and failure group, the largest group first; looks at each.
+
+    `sample` is the job that failed last, a dead one if there is one.
+    """
+    dead = {"$eq": ["$state", JobState.DEAD_LETTERED]}
+    # Documents are compared field by field, in this order.
+    sample = {"dead": dead, "at": "$updated_at", "job": "$job", "kind": "$reason"}
+    match: Document = {"run": run, "state": {"$in": [JobState.DEAD_LETTERED, JobState.RETRY_WAITING]}}
+    match["error_group"] = {"$type": "string"}
+    if stage is not None:
+        match["stage"] = stage
+    stages: list[Document] = [
+        {"$match": match},
+        {
+            "$group": {
+                "_id": {"stage": "$stage", "group": "$error_group"},
+                "count": {"$sum": 1},
+                "dead_lettered": {"$sum": {"$cond": [dead, 1, 0]}},
+                "first_at": {"$min": "$updated_at"},
+                "last_at": {"$max": "$updated_at"},
+                "sample": {"$max": sample},
+            }
+        },
+        {"$sort": {"count": -1, "last_at": -1, "_id": 1}},
+        {"$limit": limit},
+    ]
+    with translated(store):
+        return list(store.db.job_states.aggregate(stages))
 
 
 def count_by_state(store: Store, run: str, session: Session | None = None) -> dict[tuple[str, str], int]:

@@ -144,6 +144,27 @@ def claimed(store: Store, **match: object) -> list[Document]:
         return list(store.db.messages.find({"state": MessageState.CLAIMED, "worker": {"$exists": True}, **match}))
 
 
+def released(store: Store, keeper: str) -> list[Document]:
+    """What a hold or a throttle let go and nobody has claimed yet: run, stage, partition, jobs, created_at."""
+    query = {"released_by": keeper, "state": MessageState.OPEN}
+    fields = {"run": 1, "stage": 1, "partition": 1, "jobs": 1, "created_at": 1}
+    with translated(store):
+        return list(store.db.messages.find(query, fields))
+
+
+def among(store: Store, ids: Sequence[str], *states: str) -> list[Document]:
+    """Those of `ids` that are in one of these states."""
+    with translated(store):
+        return list(store.db.messages.find({"_id": {"$in": list(ids)}, "state": {"$in": list(states)}}))
+
+
+def mark_cancelled(store: Store, ids: Sequence[str]) -> None:
+    """Note that jobs of these were cancelled: a handler that runs for none but such is stopped after its grace."""
+    query = {"_id": {"$in": list(ids)}, "state": {"$in": [MessageState.OPEN, MessageState.CLAIMED]}}
+    with translated(store):
+        store.db.messages.update_many(query, {"$set": {"cancelled_at": store.now()}})
+
+
 def get(store: Store, message: str) -> Document | None:
     """The message, if it is still kept."""
     with translated(store):
@@ -184,6 +205,15 @@ def close_open(store: Store, run: str, queues: Sequence[str]) -> int:
             {"state": MessageState.OPEN, "queue": {"$in": list(queues)}, "run": run},
             {"$set": {"state": MessageState.CLOSED, "closed_at": store.now()}},
         ).modified_count
+
+
+def close_deserted(store: Store, ids: Sequence[str]) -> None:
+    """Close those of `ids` that are open: no job names them any more, and their hints will find nothing."""
+    with translated(store):
+        store.db.messages.update_many(
+            {"_id": {"$in": list(ids)}, "state": MessageState.OPEN},
+            {"$set": {"state": MessageState.CLOSED, "closed_at": store.now()}},
+        )
 
 
 def delete(store: Store, ids: Sequence[str]) -> None:

@@ -13,8 +13,13 @@ from bson.raw_bson import RawBSONDocument
 
 from pipeline_app.domain.job import job_key
 from pipeline_app.errors import InvalidResultError
-from pipeline_app.store.client import Session, Store, translated
+from pipeline_app.store.client import Document, Session, Store, translated
 from pipeline_app.store.encoding import UnstorableError, encode
+
+#: Stands in the place of the stage in inputs that were edited for a replay; no stage can be called that.
+EDIT = "(edit)"
+#: Ranges of ids in one question.
+RANGES = 200
 
 
 def output_id(run: str, job_id: str, stage: str, message: str) -> str:
@@ -44,6 +49,22 @@ def missing(store: Store, ids: Sequence[str], session: Session | None = None) ->
     with translated(store):
         rows = store.db.job_outputs.find({"_id": {"$in": list(ids)}}, {"_id": 1}, session=session)
         return set(ids) - {row["_id"] for row in rows}
+
+
+def latest(store: Store, keys: Sequence[str], stage: str) -> dict[str, str]:
+    """`_id` of a job -> the message of its last output of a stage; without those that have none."""
+    found: dict[str, str] = {}
+    for start in range(0, len(keys), RANGES):
+        # "0" is the character after "/".
+        ranges: list[Document] = [
+            {"_id": {"$gt": f"{key}/{stage}/", "$lt": f"{key}/{stage}0"}} for key in keys[start : start + RANGES]
+        ]
+        with translated(store):
+            for row in store.db.job_outputs.find({"$or": ranges}, {"_id": 1}):
+                key, _, message = row["_id"].rsplit("/", 2)
+                # Ids of messages grow with time.
+                found[key] = max(message, found.get(key, ""))
+    return found
 
 
 def of_job(store: Store, run: str, job_id: str) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ INDEXES: dict[str, list[IndexModel]] = {
         # What workers hold now: as many as there are slots in the cluster, never as many as there are messages.
         _index("worker", name="claimed", partialFilterExpression={"state": MessageState.CLAIMED}),
         # What a hold or a throttle let go and no worker has claimed yet.
-        _index("released_by", name="released", partialFilterExpression={"released_by": {"$exists": True}}),
+        _index("released_by", "state", name="released", partialFilterExpression={"released_by": {"$exists": True}}),
         _index("batch", name="draft", partialFilterExpression={"state": MessageState.DRAFT}),
         _index("closed_at", name="closed", expireAfterSeconds=CLOSED_MESSAGES_S),
     ],

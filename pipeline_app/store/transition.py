@@ -40,6 +40,17 @@ class JobMove:
     inc: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How far a recorded operation is once the plan was carried out."""
+
+    operation: str
+    #: What must be true of its document, or the plan is refused.
+    guard: Document
+    set: Document
+    inc: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass(kw_only=True)
 class Transition:
     """A plan."""
@@ -51,6 +62,8 @@ class Transition:
     close: list[tuple[str, str]] = field(default_factory=list)
     #: They are closed without a record: the token's holder must not take that for its own.
     given_back: bool = False
+    #: Messages that nobody has claimed, to be closed: all their jobs go on in others.
+    withdraw: list[str] = field(default_factory=list)
     new_jobs: list[Document] = field(default_factory=list)
     moves: list[JobMove] = field(default_factory=list)
     messages: list[Document] = field(default_factory=list)
@@ -60,6 +73,8 @@ class Transition:
     counts: dict[Place, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     #: Fields to set in manifests: a flag that must not be seen before what it stands for.
     manifest_flags: dict[str, Document] = field(default_factory=dict)
+    #: The plan is a step of this operation, and happens only once.
+    step: Step | None = None
 
     def count(self, place: Place, old: JobState | None, new: JobState | None, number: int) -> None:
         """`number` jobs at `place` leave state `old` and enter `new`."""
@@ -70,7 +85,7 @@ class Transition:
 
     def merge(self, other: Transition) -> None:
         """Make `other`'s plan part of this one."""
-        for name in ("close", "new_jobs", "moves", "messages", "outputs", "attempts", "events"):
+        for name in ("close", "withdraw", "new_jobs", "moves", "messages", "outputs", "attempts", "events"):
             getattr(self, name).extend(getattr(other, name))
         for place, deltas in other.counts.items():
             for key, number in deltas.items():
@@ -83,10 +98,14 @@ class NotFittingError(Exception):
 
     def __init__(self, *, messages: frozenset[str] = frozenset(), jobs: frozenset[str] = frozenset()) -> None:
         super().__init__(f"{len(messages)} messages and {len(jobs)} jobs moved on")
-        #: Messages that are not claimed by the plan's token.
+        #: Messages that are not claimed by the plan's token, or, of those to be withdrawn, not open.
         self.messages = messages
         #: `_id`s of jobs whose guard failed.
         self.jobs = jobs
+
+
+class OperationMovedOnError(Exception):
+    """The operation whose step this was is not where the plan took it for; nothing of the plan was done."""
 
 
 class DuplicateKeyFoundError(Exception):
@@ -100,8 +119,8 @@ class DuplicateKeyFoundError(Exception):
 def apply(store: Store, plan: Transition) -> None:
     """Carry the plan out, durably, whole or not at all.
 
-    Raises NotFittingError; DuplicateKeyFoundError; StoreError, after which it may have happened: asking again is
-    refused if it has.
+    Raises NotFittingError; OperationMovedOnError; DuplicateKeyFoundError; StoreError, after which it may have happened:
+    asking again is refused if it has.
     """
     store.transaction(lambda session: _apply(store, session, plan))
 
@@ -109,6 +128,8 @@ def apply(store: Store, plan: Transition) -> None:
 def _apply(store: Store, session: Session, plan: Transition) -> None:
     # The messages come first: a worker that lost its claim finds out before it writes anything.
     _close(store, session, plan)
+    _withdraw(store, session, plan)
+    _go_on(store, session, plan)
     _move(store, session, plan)
     for name, documents in (
         ("job_states", plan.new_jobs),
@@ -156,6 +177,32 @@ def _close(store: Store, session: Session, plan: Transition) -> None:
     )
     claimed = {(row["_id"], row.get("token")) for row in rows}
     raise NotFittingError(messages=frozenset(pair[0] for pair in plan.close if pair not in claimed))
+
+
+def _withdraw(store: Store, session: Session, plan: Transition) -> None:
+    if not plan.withdraw:
+        return
+    open_ones = {"_id": {"$in": plan.withdraw}, "state": MessageState.OPEN}
+    change = {"$set": {"state": MessageState.CLOSED, "closed_at": plan.now}}
+    # A claim at the same time meets this write: one of the two comes first, and the other finds that out.
+    result = store.db.messages.update_many(open_ones, change, session=session)
+    if result.modified_count == len(plan.withdraw):
+        return
+    # Ask outside the transaction, where our own updates do not show.
+    found = {row["_id"] for row in store.db.messages.find(open_ones, {"_id": 1})}
+    raise NotFittingError(messages=frozenset(plan.withdraw) - found)
+
+
+def _go_on(store: Store, session: Session, plan: Transition) -> None:
+    if plan.step is None:
+        return
+    step = plan.step
+    change: Document = {"$set": step.set}
+    if step.inc:
+        change["$inc"] = step.inc
+    result = store.db.operations.update_one({"_id": step.operation, **step.guard}, change, session=session)
+    if result.matched_count == 0:
+        raise OperationMovedOnError(step.operation)
 
 
 def _move(store: Store, session: Session, plan: Transition) -> None:

@@ -5,7 +5,10 @@ Leases end by MongoDB's own clock (`$$NOW`), so that the clocks of the machines 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
+
+from pymongo import ReturnDocument
 
 from pipeline_app.store.client import Document, Store, translated
 
@@ -68,6 +71,12 @@ def alive(store: Store) -> list[Document]:
         return list(store.db.workers.find({"ended_at": None, "$expr": {"$gte": ["$lease_until", "$$NOW"]}}))
 
 
+def by_ids(store: Store, ids: Iterable[str]) -> dict[str, Document]:
+    """`_id` -> record, of workers that may have ended."""
+    with translated(store):
+        return {row["_id"]: row for row in store.db.workers.find({"_id": {"$in": list(ids)}})}
+
+
 def listing(store: Store, since: datetime) -> list[Document]:
     """Workers that run, and those that ended after `since`; oldest first."""
     query: Document = {"$or": [{"ended_at": None}, {"ended_at": {"$gte": since}}]}
@@ -95,10 +104,14 @@ def give_up_lead(store: Store, name: str, holder: str) -> None:
         store.db.leases.delete_one({"_id": name, "holder": holder})
 
 
-def bump(store: Store, signal: str) -> None:
-    """Announce that something that every worker keeps in memory has changed."""
+def bump(store: Store, signal: str) -> int:
+    """Announce that something that every worker keeps in memory has changed; returns its new version."""
     with translated(store):
-        store.db.signals.update_one({"_id": signal}, {"$inc": {"version": 1}}, upsert=True)
+        row = store.db.signals.find_one_and_update(
+            {"_id": signal}, {"$inc": {"version": 1}}, upsert=True, return_document=ReturnDocument.AFTER
+        )
+    assert row is not None
+    return int(row["version"])
 
 
 def version(store: Store, signal: str) -> int:

@@ -92,6 +92,29 @@ class Publisher:
                 raise
             raise broker_error(self.address, exc) from exc
 
+    def broadcast(self, command: str, arguments: dict[str, Any], *, answers: int, timeout_s: float) -> int:
+        """Tell all workers by Celery's remote control; returns how many of `answers` came within the time.
+
+        Raises BrokerError.
+        """
+        # A connection of its own: the app's pool would be the first to hang on a broker that is gone.
+        options = {"max_retries": 0, "read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S}
+        with Connection(self._url, connect_timeout=CONNECT_TIMEOUT_S, transport_options=options) as connection:
+            try:
+                found = self._app.control.broadcast(
+                    command,
+                    arguments=arguments,
+                    connection=connection,
+                    reply=answers > 0,
+                    limit=answers or None,
+                    timeout=timeout_s,
+                )
+            except Exception as exc:
+                if not isinstance(exc, _client_errors(connection)):
+                    raise
+                raise broker_error(self.address, exc) from exc
+        return len(found or ())
+
     def ping(self) -> None:
         """Connect. Raises BrokerError within seconds if the broker does not answer."""
         with self._lock, self._guarded():

@@ -22,6 +22,19 @@ ATTEMPT = {
     "code_version",
     "error",
 }
+GROUP = {
+    "group",
+    "stage",
+    "type",
+    "message",
+    "frame",
+    "count",
+    "dead_lettered",
+    "retrying",
+    "first_at",
+    "last_at",
+    "sample_job",
+}
 WORKER = {
     "worker",
     "host",
@@ -74,7 +87,7 @@ def test_failures_say_what_each_job_died_of(project: Project) -> None:
 
     # Then each has its kind, its attempts and its error
     assert [set(row) for row in found] == [
-        {"job_id", "stage", "partition", "attempts", "at", "kind", "error"} for _ in range(4)
+        {"job_id", "stage", "partition", "attempts", "at", "kind", "group", "error"} for _ in range(4)
     ]
     rows = {row["job_id"]: row for row in found}
     assert {name: (row["kind"], row["attempts"]) for name, row in rows.items()} == {
@@ -104,6 +117,83 @@ def test_failures_say_what_each_job_died_of(project: Project) -> None:
     assert "PermanentError: it says so" in table
     text = project.cli("failures", "r1", "--job", "exhausted").stdout
     assert 'raise ValueError(f"attempt {job.attempt} of {item.n}")' in text
+
+
+def test_failures_in_groups(project: Project) -> None:
+    # Given jobs that die in two ways, some that wait for a retry, and one that is fine
+    stages = (project.folder / "stages.py").read_text().replace('backoff="0.2s"', 'backoff="10m"')
+    project.write("stages.py", stages)
+    project.seed(
+        "r1",
+        [
+            job("fine"),
+            *(job(f"permanent {n}", permanent=True) for n in range(3)),
+            *(job(f"retried {n}", n=n, fail=1) for n in range(4)),
+            job("expired", line={"expires_at": "2020-01-01T00:00:00Z"}),
+        ],
+    )
+    with project.worker() as worker:
+        worker.wait_for(lambda: failed_jobs(project) == 8)
+
+    # When they are listed in groups
+    found = project.json("failures", "last", "--grouped")
+
+    # Then the largest is first, with a sample and where it came from
+    assert [set(row) for row in found] == [GROUP] * 3
+    retried, permanent, expired = found
+    assert (retried["count"], retried["dead_lettered"], retried["retrying"]) == (4, 0, 4)
+    assert (retried["type"], retried["frame"], retried["stage"]) == ("ValueError", "stages:first", "first")
+    assert retried["message"] == f"attempt 1 of {retried['sample_job'][-1]}"
+    assert (permanent["count"], permanent["dead_lettered"], permanent["retrying"]) == (3, 3, 0)
+    assert (permanent["message"], permanent["frame"]) == ("it says so", "stages:first")
+    assert permanent["sample_job"].startswith("permanent ")
+    assert permanent["first_at"].endswith("Z")
+    assert permanent["first_at"] <= permanent["last_at"]
+    assert (expired["group"], expired["type"], expired["frame"]) == ("expired", "expired", None)
+
+    # and people see a table and how to go on, and its commands work
+    text = project.cli("failures", "r1", "--grouped").stdout
+    table, _, steps = text.partition("\n\n")
+    assert table.splitlines()[0].split("  ")[0] == "group"
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [row["group"] for row in found]
+    assert "PermanentError: it says so" in table
+    assert f"pipeline-app job r1 '{retried['sample_job']}'" in steps
+    assert project.json("job", "r1", retried["sample_job"])["state"] == "retry_waiting"
+
+    # and from a group one comes to its jobs
+    listed = project.json("failures", "r1", "--error", permanent["group"])
+    assert {row["job_id"] for row in listed} == {f"permanent {n}" for n in range(3)}
+    assert {row["group"] for row in listed} == {permanent["group"]}
+    assert project.json("failures", "r1", "--error", "0000000000") == []
+    assert "no dead letters" in project.cli("failures", "r1", "--error", retried["group"]).stdout
+
+    # and filters and limits hold for groups, too
+    assert len(project.json("failures", "r1", "--grouped", "--limit", "2")) == 2
+    assert len(project.json("failures", "r1", "--grouped", "--stage", "first")) == 3
+    assert project.json("failures", "r1", "--grouped", "--stage", "second") == []
+    assert project.cli("failures", "r1", "--grouped", "--stage", "second").stdout == "no failures\n"
+
+
+def failed_jobs(project: Project) -> int:
+    """Jobs of the run that are dead or wait for a retry."""
+    states = project.json("run", "status", "r1")["states"]
+    return int(states["dead_lettered"] + states["retry_waiting"])
+
+
+@pytest.mark.parametrize("option", [("--job", "a"), ("--error", "0000000000")])
+def test_groups_are_not_of_one_job_or_one_group(project: Project, option: tuple[str, str]) -> None:
+    done = project.cli("failures", "r1", "--grouped", *option, "--json")
+    assert done.returncode == 2
+    assert "not jobs" in json.loads(done.stderr)["error"]["message"]
+    assert done.stdout == ""
+
+
+def test_groups_of_what_is_not_there_are_not_found(project: Project) -> None:
+    project.json("run", "init", "r1", "--pipeline", "demo")
+    for arguments in (("nope",), ("r1", "--stage", "nope")):
+        done = project.cli("failures", *arguments, "--grouped", "--json")
+        assert done.returncode == 1
+        assert json.loads(done.stderr)["error"]["code"] == "not_found"
 
 
 def test_attempts_are_listed_oldest_first(project: Project) -> None:
@@ -271,7 +361,11 @@ def test_why_of_jobs_at_rest(project: Project) -> None:
     dead = why(project, "dead")
     assert (dead["state"], dead["waits_for"]) == ("dead_lettered", None)
     assert "(permanent): pipeline_app.errors.PermanentError: it says so" in dead["reason"]
-    assert dead["hint"] == "pipeline-app failures r1 --job dead shows the whole error"
+    (group,) = project.json("failures", "r1", "--grouped")
+    assert dead["hint"] == (
+        "pipeline-app failures r1 --job dead shows the whole error; "
+        f"--error {group['group']} instead of --job lists those that died alike"
+    )
 
 
 def test_why_of_a_cancelled_job(project: Project) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pipeline_app.control import paging
 from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime
+from pipeline_app.store import accounts
 from tests.integration.gate import Gate
 from tests.integration.helpers import NewFlow
 from tests.integration.proxy import MongoProxy, Proxy
@@ -58,3 +59,10 @@ def gate() -> Iterator[Gate]:
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeding adds two jobs at a time."""
     monkeypatch.setattr(paging, "PAGE", 2)
+
+
+@pytest.fixture
+def tiny_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accounting looks at a few jobs and attempts at a time."""
+    monkeypatch.setattr(accounts, "PAGE", 3)
+    monkeypatch.setattr(accounts, "LEDGER_PAGE", 2)

@@ -15,8 +15,10 @@ from typing import Any
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import make_celery
-from pipeline_app.control import cancelling, paging, seeding, sweep
+from pipeline_app.control import cancelling, moving, paging, seeding, sweep
+from pipeline_app.control.verify import verify
 from pipeline_app.domain.hint import Hint
+from pipeline_app.domain.selection import Selection
 from pipeline_app.errors import DuplicateJobError
 from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime, build
@@ -83,6 +85,22 @@ def cancel(rt: Runtime, run: str, _: str) -> None:
     cancelling.cancel(rt, run)
 
 
+#: Of the five jobs of `lines`, those with an odd number.
+ODD = Selection(selector={"kind": "b"})
+
+
+def cancel_some(rt: Runtime, run: str, _: str) -> None:
+    cancelling.cancel_jobs(rt, run, ODD)
+
+
+def move_some(rt: Runtime, run: str, _: str) -> None:
+    moving.move_jobs(rt, run, Selection(job_ids=(f"{run}-0", f"{run}-1", f"{run}-4")), "second")
+
+
+def repair(rt: Runtime, run: str, _: str) -> None:
+    verify(rt, run, repair=True)
+
+
 def one_round(rt: Runtime, run: str, _: str) -> None:
     """Every duty of the sweep, as its leader does them."""
     sweep.end_leases(rt)
@@ -90,7 +108,8 @@ def one_round(rt: Runtime, run: str, _: str) -> None:
 
 
 STEPS: dict[str, Callable[[Runtime, str, str], None]] = {
-    step.__name__: step for step in (seed, seed_whole, take_back, handle, cancel, one_round)
+    step.__name__: step
+    for step in (seed, seed_whole, take_back, handle, cancel, cancel_some, move_some, repair, one_round)
 }
 
 

@@ -22,6 +22,7 @@ import pytest
 from pipeline_app.application import prepare
 from pipeline_app.control import runs, seeding, sweep
 from pipeline_app.control.results import results
+from pipeline_app.control.verify import verify
 from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import manifests, messages
@@ -128,15 +129,20 @@ def live_on(rt: Runtime, dead: set[str]) -> None:
 
 def finish(rt: Runtime, run: str) -> None:
     """All jobs are through, with the results that they should have, and the user's task was told of each."""
-    pump(rt)
-    backdate(rt, "job_states", 3600, "due_at", run=run)
-    sweep.release_due(rt)
-    pump(rt)
+    go_through(rt, run)
     prove(rt, run, terminal=5)
     want = {f"{run}-{n}": {"n": n + 1} for n in range(5)}
     assert {row["job_id"]: row["result"] for row in results(rt, run)} == want
     told = {row["job_id"]: row["result"] for (rows,) in in_broker(rt, "celery") for row in rows}
     assert want.items() <= told.items()
+
+
+def go_through(rt: Runtime, run: str) -> None:
+    """What is on its way comes to its end."""
+    pump(rt)
+    backdate(rt, "job_states", 3600, "due_at", run=run)
+    sweep.release_due(rt)
+    pump(rt)
 
 
 def test_seeding_a_stream(nursery: Nursery, rt: Runtime) -> None:
@@ -214,6 +220,35 @@ def test_cancelling_a_run(nursery: Nursery, rt: Runtime) -> None:
         prove(rt, run, cancelled=5)
 
 
+def test_cancelling_some_jobs(nursery: Nursery, rt: Runtime) -> None:
+    """Given someone who cancels some jobs and is killed, when that is asked again, then those are, and no other."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        return ""
+
+    for run in each_gap(nursery, rt, "cancel_some", arrange):
+        crash_child.cancel_some(rt, run, "")
+        go_through(rt, run)
+        prove(rt, run, terminal=3, cancelled=2)
+
+
+def test_moving_some_jobs(nursery: Nursery, rt: Runtime) -> None:
+    """Given someone who moves some jobs and is killed, when that is asked again, then each was moved once."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        return ""
+
+    for run in each_gap(nursery, rt, "move_some", arrange):
+        crash_child.move_some(rt, run, "")
+        go_through(rt, run)
+        prove(rt, run, terminal=5)
+        # Moved past the first stage, nothing was added to them.
+        want = {f"{run}-{n}": {"n": n if n in (0, 1, 4) else n + 1} for n in range(5)}
+        assert {row["job_id"]: row["result"] for row in results(rt, run)} == want
+
+
 def test_a_round_of_the_sweep(nursery: Nursery, rt: Runtime) -> None:
     """Given a sweep with work in every duty, when its leader is killed, then the next one finishes it."""
 
@@ -242,3 +277,22 @@ def test_the_table_names_tests_that_exist() -> None:
 
     assert len(named) > 30
     assert named - there == set()
+
+
+def test_a_repair(nursery: Nursery, rt: Runtime) -> None:
+    """Given a run that was broken and a repair that is killed, when it is repaired again, then all jobs get through."""
+
+    def arrange(run: str) -> str:
+        seeding.seed(rt, run, crash_child.lines(run))
+        lost, waits = f"{run}/{run}-1", f"{run}/{run}-4"
+        message = rt.store.db.job_states.distinct("message", {"_id": lost})[0]
+        rt.store.db.messages.delete_one({"_id": message})
+        rt.store.db.job_states.update_one({"_id": waits}, {"$unset": {"due_at": ""}, "$set": {"message": "nobody's"}})
+        rt.store.db.run_counters.update_one({"run": run}, {"$inc": {"states.pending": -2, "completed": 1}})
+        rt.store.db.pipeline_events.delete_one({"run": run})
+        return ""
+
+    for run in each_gap(nursery, rt, "repair", arrange):
+        assert verify(rt, run, repair=True).ok
+        assert not verify(rt, run, repair=True).repaired
+        finish(rt, run)

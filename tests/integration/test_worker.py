@@ -39,7 +39,7 @@ def test_a_child_that_is_killed_by_its_handler(project: Project, rt: Runtime) ->
     assert job(rt, "killer")["reason"] == DeadKind.WORKER_LOST
     lost = attempts(rt, job="killer")
     assert outcomes(lost) == ["lost", "lost"]
-    assert {row["error"]["type"] for row in lost} == {"WorkerLostError"}
+    assert {row["error"]["type"] for row in lost} == {"WorkerLost"}
     assert outcomes(attempts(rt, job="a", stage="first")) == ["lost", "ok"]
     assert worker.process.returncode == 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline_app.domain.outcome import MAX_ERROR_TEXT, MAX_TRACEBACK, ErrorRecord
-from pipeline_app.errors import PermanentError
+from pipeline_app.domain.selector import check_selector
+from pipeline_app.errors import PermanentError, UsageError
 
 
 class UnreadableError(Exception):
@@ -27,7 +28,35 @@ def test_type_message_and_traceback_are_kept() -> None:
     assert (record.type, record.message) == ("ValueError", "seven")
     assert record.traceback.startswith("Traceback")
     assert "in raised" in record.traceback
-    assert record.as_dict() == {"type": "ValueError", "message": "seven", "traceback": record.traceback}
+    assert record.as_dict() == {
+        "type": "ValueError",
+        "message": "seven",
+        "traceback": record.traceback,
+        "frame": "tests.unit.test_outcome:raised",
+        "group": record.group,
+    }
+
+
+def test_an_error_has_its_group_however_it_was_made() -> None:
+    # Given errors of processes that died, which nobody raised
+    one, other = (ErrorRecord(type="WorkerLost", message=f"the lease of w@{n} ended", traceback="") for n in "ab")
+
+    # Then they have a group, and no place in the code
+    assert one.group == other.group != ""
+    assert "frame" not in one.as_dict()
+
+    # and what was raised has one that its kept message, cut short, does not change
+    long = [ErrorRecord.of(raised(ValueError(f"bad {'x ' * length!r} in field a"))) for length in (10, 5000)]
+    assert long[0].group == long[1].group != one.group
+
+
+def test_an_error_of_the_framework_itself_has_no_place_in_the_users_code() -> None:
+    try:
+        check_selector({"": "x"})
+    except UsageError as exc:
+        record = ErrorRecord.of(exc.with_traceback(exc.__traceback__.tb_next if exc.__traceback__ else None))
+    assert record.frame is None
+    assert record.group
 
 
 def test_a_type_outside_the_builtins_has_its_module() -> None:

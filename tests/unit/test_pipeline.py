@@ -60,6 +60,12 @@ def test_chunk_bounds(chunk: Any) -> None:
         Stage(load, chunk=chunk)
 
 
+@pytest.mark.parametrize("grace", [-1, "soon", "5x", None, float("inf")])
+def test_grace_is_a_duration(grace: Any) -> None:
+    with pytest.raises(DefinitionError, match="stage load: grace: "):
+        Stage(load, grace=grace)
+
+
 @pytest.mark.parametrize("losses", [0, -1, 1.0, "5", None, True])
 def test_losses_bounds(losses: Any) -> None:
     with pytest.raises(DefinitionError, match="stage load: losses is a whole number from 1"):
@@ -133,6 +139,8 @@ def test_the_definition_is_plain_json_and_names_handlers_by_path() -> None:
                 "chunk": 7,
                 "retry": {"attempts": 1, "backoff_s": 1.0, "cap_s": 300.0, "jitter": 0.1},
                 "losses": 2,
+                "deferrals": 1000,
+                "grace": 30.0,
             }
         ],
         "partition_by": ["a"],
@@ -164,6 +172,7 @@ def test_whatever_differs_in_the_definition_differs_in_the_hash(other: Pipeline)
     "other",
     [
         Pipeline("p", [Stage(load, losses=2), Stage(analyze)]),
+        Pipeline("p", [Stage(load, grace="1s"), Stage(analyze)]),
         Pipeline("p", [Stage(load, retry=Retry(attempts=9)), Stage(analyze)]),
     ],
 )

@@ -5,7 +5,7 @@
     render.py     JSON, tables, times: how answers are written
     progress.py   live views, where a person waits at a terminal
     jobfile.py    reading files of job lines
-    run.py, watch.py, inspect.py, services.py, demo.py, try_.py
+    run.py, watch.py, failures.py, history.py, job.py, workers.py, services.py, demo.py, try_.py, ...
                   the commands, by subject
 
 Celery loads every one of these modules whenever `celery` is started, before it loads the application, and `--help` is

@@ -26,11 +26,10 @@ from pipeline_app.views.cli.common import (
     json_option,
     undisturbed,
 )
-from pipeline_app.views.cli.inspect import brief
 from pipeline_app.views.cli.progress import run_progress
-from pipeline_app.views.cli.render import duration, echo_json, echo_table, plural, styled
-from pipeline_app.views.cli.run import echo_verification
+from pipeline_app.views.cli.render import brief, duration, echo_json, echo_table, plural, styled
 from pipeline_app.views.cli.services import Provided, provide
+from pipeline_app.views.cli.verify import echo_verification
 
 if TYPE_CHECKING:
     from pipeline_app.control.status import Status

@@ -7,11 +7,20 @@ import sys
 
 import click
 
-from pipeline_app.views.cli import inspect, services
+from pipeline_app.views.cli import services
 from pipeline_app.views.cli.common import EXIT_INTERRUPTED, Group
 from pipeline_app.views.cli.demo import demo
+from pipeline_app.views.cli.failures import failures
+from pipeline_app.views.cli.history import attempts, events
+from pipeline_app.views.cli.hold import hold
+from pipeline_app.views.cli.job import job, why
+from pipeline_app.views.cli.jobs import cancel, move, priority
+from pipeline_app.views.cli.pause import pause, resume
+from pipeline_app.views.cli.replay import replay
 from pipeline_app.views.cli.run import run
+from pipeline_app.views.cli.throttle import throttle
 from pipeline_app.views.cli.try_ import try_
+from pipeline_app.views.cli.workers import workers
 
 
 @click.group(
@@ -49,12 +58,20 @@ for command in (
     services.services,
     try_,
     run,
-    inspect.workers,
-    inspect.failures,
-    inspect.attempts,
-    inspect.events,
-    inspect.job,
-    inspect.why,
+    workers,
+    failures,
+    attempts,
+    events,
+    job,
+    why,
+    hold,
+    throttle,
+    replay,
+    pause,
+    resume,
+    cancel,
+    move,
+    priority,
 ):
     app.add_command(command)
 

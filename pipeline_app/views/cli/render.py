@@ -227,3 +227,17 @@ def indented(text: str, by: int = 2) -> Iterator[str]:
     """The lines of a text, moved to the right."""
     for line in printable(text).splitlines():
         yield (" " * by + line).rstrip()
+
+
+def brief(error: dict[str, Any] | None) -> str:
+    """An error in a line; its type without the module."""
+    if error is None:
+        return ""
+    name = error["type"].rpartition(".")[2]
+    return one_line(f"{name}: {error['message']}" if error["message"] else name)
+
+
+def echo_limit(found: Sequence[Any], limit: int) -> None:
+    """Say that there may be more than was asked for."""
+    if len(found) == limit:
+        click.echo(styled(f"{plural(limit, 'line')} at most; --limit shows more", dim=True))

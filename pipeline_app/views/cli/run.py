@@ -12,12 +12,12 @@ import click
 
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, RefusedError, StoreError, UsageError
 from pipeline_app.views.cli import jobfile
-from pipeline_app.views.cli.common import EXIT_NO, Group, connection, json_option, run_argument
+from pipeline_app.views.cli.common import Group, connection, json_option, run_argument
+from pipeline_app.views.cli.jobs import cancel_run
 from pipeline_app.views.cli.progress import counting, reading
 from pipeline_app.views.cli.render import (
     compact,
     cut,
-    echo_error,
     echo_json,
     echo_json_line,
     echo_table,
@@ -27,11 +27,11 @@ from pipeline_app.views.cli.render import (
     plural,
     width,
 )
+from pipeline_app.views.cli.verify import verify
 from pipeline_app.views.cli.watch import status, wait, watch
 
 if TYPE_CHECKING:
     from pipeline_app.control.seeding import Seeded
-    from pipeline_app.control.verify import Verification
     from pipeline_app.runtime import Runtime
 
 
@@ -233,45 +233,7 @@ def results(run: str, as_json: bool) -> None:
                 click.echo(cut(f"{one_line(row['job_id'])}  {compact(row['result'])}", width()))
 
 
-@run.command(
-    epilog="""\b
-Examples:
-  pipeline-app run verify last
-  pipeline-app run verify books-1 --json | jq .problems""",
-)
-@run_argument
-@json_option
-def verify(run: str, as_json: bool) -> int | None:
-    """Account for every job of RUN.
-
-    Exits 1 if anything does not add up. Compares jobs, counters, attempts, events, messages and results with each
-    other. It may be called while the run goes on; what RabbitMQ holds can be compared exactly only while no worker
-    consumes.
-    """
-    from pipeline_app.control.verify import verify as look
-
-    with connection() as rt, counting("job", "looked at", silent=as_json) as show:
-        found = look(rt, run, progress=show)
-    if as_json:
-        echo_json(found.as_dict())
-    else:
-        echo_verification(found)
-    return None if found.ok else EXIT_NO
-
-
-def echo_verification(found: Verification) -> None:
-    """A verification as text."""
-    states = ", ".join(f"{count:,} {state}" for state, count in found.states.items() if count) or "none"
-    click.echo(f"run {found.run}: {plural(found.seeded, 'job')} seeded: {states}")
-    exact = "" if found.exact else "; what the broker holds was not compared, for that nothing may consume"
-    if found.ok:
-        click.echo(f"every job is accounted for{exact}")
-        return
-    rows = [[row.kind, row.job_id, row.stage, row.detail] for row in found.problems]
-    echo_table(["problem", "job", "stage", "detail"], rows, shrink=["job", "detail"])
-    if found.problem_count > len(rows):
-        click.echo(f"and {number(found.problem_count - len(rows))} more")
-    echo_error("problems", f"{plural(found.problem_count, 'problem')} in run {found.run}{exact}", None, as_json=False)
+run.add_command(verify)
 
 
 @run.command(
@@ -286,10 +248,10 @@ Examples:
 def cancel(run: str, yes: bool, as_json: bool) -> None:
     """Cancel RUN: no job of it starts any more.
 
-    Jobs that went through all stages stay as they are, and so do dead letters. A handler that runs at this moment ends,
-    and what it did is not recorded. A cancelled run cannot be taken up again.
+    Jobs that went through all stages stay as they are, and so do dead letters. What a handler does that runs at this
+    moment is not recorded; it is stopped once the grace of its stage is over. A cancelled run cannot be taken up
+    again. The command "cancel" can choose jobs of it.
     """
-    from pipeline_app.control.cancelling import cancel as do
     from pipeline_app.control.status import status as ask
 
     with connection(write=True) as rt:
@@ -298,9 +260,7 @@ def cancel(run: str, yes: bool, as_json: bool) -> None:
         question = f"cancel run {found.run} with {plural(open_jobs, 'job')} that are not done?"
         if not (yes or as_json) and sys.stdin.isatty() and not click.confirm(question, err=True):
             raise RefusedError("nothing was cancelled")
-        do(rt, found.run)
-        # The sweep of a worker moves jobs, too: count all that became cancelled, not only those that we moved.
-        moved = ask(rt, found.run, queues=False).states["cancelled"] - found.states["cancelled"]
+        moved = cancel_run(rt, found.run)
     if as_json:
         echo_json({"run": found.run, "cancelled": moved})
     else:

@@ -13,8 +13,8 @@ import click
 from pipeline_app.errors import NotFoundError
 from pipeline_app.views.cli import jobfile
 from pipeline_app.views.cli.common import EXIT_NO, Command, json_option
-from pipeline_app.views.cli.inspect import brief
 from pipeline_app.views.cli.render import (
+    brief,
     compact,
     cut,
     duration,

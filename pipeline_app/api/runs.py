@@ -1,42 +1,24 @@
-"""Making and using runs from Python: what `pipeline-app run` does, as functions.
-
-    from pipeline_app import create_run, results, seed, wait
-
-    create_run("books-1", "books")
-    seed("books-1", ({"job_id": path.name, "payload": str(path)} for path in folder.iterdir()))
-    wait("books-1")
-    for row in results("books-1"):
-        ...
-
-The package itself offers these names and loads this module at their first use: handlers import the package in every
-worker, and need nothing of this. Addresses are those of the settings; a process connects once.
-"""
+"""Making runs, adding jobs to them, and what came of them."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import celery
 
-from pipeline_app.application import client_runtime, prepare
-from pipeline_app.control import cancelling, runs, seeding
+from pipeline_app.api.connection import connected
+from pipeline_app.application import prepare
 from pipeline_app.control import results as control_results
+from pipeline_app.control import runs, seeding
 from pipeline_app.control import status as control_status
+from pipeline_app.control import verify as control_verify
 from pipeline_app.control.seeding import Seeded
 from pipeline_app.control.status import Status
+from pipeline_app.control.verify import Verification
 from pipeline_app.domain.job import JobLine
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.flow.forward import task_name
-from pipeline_app.runtime import Runtime
-
-__all__ = ["Seeded", "Status", "cancel", "chain", "create_run", "results", "seed", "status", "wait"]
-
-_lock = threading.Lock()
-#: By process id: what is connected must not be used in a forked child.
-_runtimes: dict[int, Runtime] = {}
 
 
 def create_run(run: str, pipeline: Pipeline | str, then: Any = None) -> None:
@@ -50,7 +32,7 @@ def create_run(run: str, pipeline: Pipeline | str, then: Any = None) -> None:
 
     Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name), StoreError.
     """
-    runs.create_run(_runtime(), run, pipeline, then=then)
+    runs.create_run(connected(), run, pipeline, then=then)
 
 
 def seed(
@@ -73,7 +55,7 @@ def seed(
 
     Raises NotFoundError, RefusedError (the run was cancelled), BadJobLineError, DuplicateJobError, StoreError.
     """
-    rt = _runtime()
+    rt = connected()
     prepare(rt)
     return seeding.seed(rt, run, jobs, whole=whole, skip_existing=skip_existing, progress=progress)
 
@@ -90,24 +72,28 @@ def wait(
     Also returns when the time is over or a seed batch was interrupted: `status.is_past(stage)` is false then.
     Raises NotFoundError, StoreError.
     """
-    return runs.wait(_runtime(), run, timeout_s=timeout_s, stage=stage, progress=progress)
+    return runs.wait(connected(), run, timeout_s=timeout_s, stage=stage, progress=progress)
 
 
 def results(run: str) -> Iterator[dict[str, Any]]:
     """`{"job_id", "result", "tags"}` of every terminal job, in constant memory. Raises NotFoundError, StoreError."""
-    return control_results.results(_runtime(), run)
+    return control_results.results(connected(), run)
 
 
 def status(run: str) -> Status:
     """What the run is doing now. Raises NotFoundError, StoreError."""
-    return control_status.status(_runtime(), run)
+    return control_status.status(connected(), run)
 
 
-def cancel(run: str) -> int:
-    """Cancel the run; returns how many jobs that moved to `cancelled`. Raises NotFoundError, StoreError."""
-    rt = _runtime()
-    prepare(rt)
-    return cancelling.cancel(rt, run)
+def verify(run: str, *, repair: bool = False) -> Verification:
+    """Account for every job of the run; with `repair` bring back what is amiss, and look once more.
+
+    Raises NotFoundError, StoreError; with `repair` BrokerError.
+    """
+    rt = connected()
+    if repair:
+        prepare(rt)
+    return control_verify.verify(rt, run, repair=repair)
 
 
 def chain(pipeline: Pipeline) -> Any:
@@ -117,11 +103,3 @@ def chain(pipeline: Pipeline) -> Any:
     each chunk of the last stage, at least once.
     """
     return celery.chain(*[celery.signature(task_name(pipeline.name, stage.name)) for stage in pipeline.stages])
-
-
-def _runtime() -> Runtime:
-    with _lock:
-        rt = _runtimes.get(os.getpid())
-        if rt is None:
-            rt = _runtimes[os.getpid()] = client_runtime()
-        return rt
