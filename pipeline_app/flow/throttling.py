@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 BLOCK_S = 0.25
 #: A job waits in a worker at most this long for its slot, and a message's jobs together.
 PATIENCE_S = 1.0
-#: A slot that is missed by more than this is lost: run late, it would come too close to the next.
-LATE_S = 0.01
+#: A slot that is missed by more than this, or by a quarter of the interval if that is more, is lost: run late, it would
+#: come too close to those that follow.
+LATE_S = 0.005
 
 
 class Leave:
@@ -104,7 +105,7 @@ class Leave:
         """Whether the next slot is missed."""
         if throttle.rate_per_s is None:
             return False
-        return self._slots[throttle.id][0] < self._now() - max(LATE_S, 0.5 / throttle.rate_per_s)
+        return self._slots[throttle.id][0] < self._now() - max(LATE_S, 0.25 / throttle.rate_per_s)
 
     def _ask(self, throttle: Throttle, slots: deque[float], jobs_left: int) -> bool:
         number = jobs_left

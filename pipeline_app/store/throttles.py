@@ -111,7 +111,10 @@ def admit(
     """
     now = {"$toDouble": {"$toLong": "$$NOW"}}
     interval = {"$divide": [1000.0, {"$ifNull": ["$rate_per_s", float("inf")]}]}
-    earliest = {"$max": ["$next_at", {"$subtract": [now, {"$multiply": [{"$subtract": ["$burst", 1]}, interval]}]}]}
+    # What may be made up for is half an interval less than the burst: a target that counts in sliding windows would
+    # otherwise be met at the very edge of rate and burst, where a millisecond's jitter decides.
+    ahead = {"$max": [0, {"$multiply": [{"$subtract": ["$burst", 1.5]}, interval]}]}
+    earliest = {"$max": ["$next_at", {"$subtract": [now, ahead]}]}
     has_lock = {"$in": [message, "$locks.message"]}
     period, spent = _budget(now)
     may = {
