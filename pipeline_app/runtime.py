@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 
 from celery import Celery
 
+from pipeline_app.domain.job import job_key
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.target import Table, Target
 from pipeline_app.errors import NotFoundError, StoreError
 from pipeline_app.settings import Settings
-from pipeline_app.store import holds, manifests, throttles
+from pipeline_app.store import holds, jobs, manifests, messages, throttles
 from pipeline_app.store.client import Document, Store
 from pipeline_app.transport.publisher import Publisher
 
@@ -73,6 +74,8 @@ class Flags:
     cancelled: frozenset[str] = frozenset()
     closures: Table[Closure] = field(default_factory=Table)
     throttles: Table[Throttle] = field(default_factory=Table)
+    #: Messages that workers hold and that jobs were taken from -> the jobs that are left in each.
+    left_in: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 class Memory:
@@ -133,13 +136,14 @@ class Memory:
         self._loads += 1
         cancelled = frozenset(manifests.cancelled(self._store))
         found = Table((Target.of(row), _throttle(row)) for row in throttles.all_of(self._store))
+        left_in = _left_in_messages(self._store)
         rows = holds.in_force(self._store)
         with self._guard:
             # What handlers closed since the reading began is not among the rows.
             self._own = {hold: own for hold, own in self._own.items() if own[1] is None or own[1] > self._loads}
             closures = [(Target.of(row), _closure(row)) for row in rows if row["_id"] not in self._own]
             closures += [(target, Closure(id=hold, is_pause=False)) for hold, (target, _) in self._own.items()]
-            self._flags = Flags(cancelled=cancelled, closures=Table(closures), throttles=found)
+            self._flags = Flags(cancelled=cancelled, closures=Table(closures), throttles=found, left_in=left_in)
         self._seen, self._checked = version, time.monotonic()
 
     def close(self, hold: str, target: Target) -> None:
@@ -159,6 +163,16 @@ class Memory:
     def is_cancelled(self, run: str) -> bool:
         """Whether the run was cancelled."""
         return run in self.flags().cancelled
+
+
+def _left_in_messages(store: Store) -> dict[str, frozenset[str]]:
+    marked = messages.claimed(store, cancelled_at={"$exists": True})
+    keys = [job_key(row["run"], job) for row in marked for job in row["jobs"]]
+    named = jobs.named(store, keys) if keys else {}
+    return {
+        row["_id"]: frozenset(job for job in row["jobs"] if named.get(job_key(row["run"], job)) == row["_id"])
+        for row in marked
+    }
 
 
 def _closure(row: Document) -> Closure:

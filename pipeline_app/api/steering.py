@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from pipeline_app.api.connection import connected
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, moving, pauses
+from pipeline_app.control import cancelling, ledger, moving, pauses
 from pipeline_app.control import holds as control_holds
 from pipeline_app.control import replay as control_replay
 from pipeline_app.control import throttles as control_throttles
@@ -28,6 +28,9 @@ from pipeline_app.errors import UsageError
 from pipeline_app.runtime import Runtime
 
 Row = dict[str, Any]
+
+#: The input stays what it is.
+KEEP: Final = object()
 
 
 def hold(
@@ -131,6 +134,7 @@ def replay(
     until: datetime | str | None = None,
     from_stage: str | None = None,
     edits: Sequence[str] = (),
+    payload: Any = KEEP,
     rate: str | None = None,
     ramp: str | float = 0.0,
     halt_after: int | None = None,
@@ -144,6 +148,7 @@ def replay(
         error: a failure group, as `failures --grouped` names it.
         from_stage: begin there; by default where each job stands, and from the first stage what went through all.
         edits: `"a.b=value"` for the input of that stage; what earlier stages made is kept.
+        payload: takes the place of that input.
         rate: jobs let go, such as `"200/s"`, growing to it within `ramp` (a duration).
         halt_after: stop by itself once so many attempts failed again.
         force: also what goes on by itself later.
@@ -154,7 +159,8 @@ def replay(
     """
     rt = connected() if dry_run else _changing()
     chosen = _selection(rt, jobs, selector, status, stage, group=error, since=since, until=until)
-    asked = control_replay.request(rt, run, chosen, from_stage=from_stage, edit=Edit.parse(edits), force=force)
+    edit = Edit.parse(edits, replaces=payload is not KEEP, payload=None if payload is KEEP else payload)
+    asked = control_replay.request(rt, run, chosen, from_stage=from_stage, edit=edit, force=force)
     if dry_run:
         return control_replay.survey(rt, asked).as_dict()
     pace = None if rate is None else Pace(per_s=Rate.parse(rate).per_s, ramp_s=seconds(ramp))
@@ -166,9 +172,27 @@ def replays(run: str | None = None) -> list[Row]:
     return control_replay.listing(connected(), run)
 
 
+def pause_replay(operation: str) -> Row:
+    """Let a replay stand still until it is resumed. Raises NotFoundError, RefusedError, StoreError."""
+    return control_replay.pause(_changing(), operation)
+
+
+def resume_replay(operation: str) -> Row:
+    """Let a replay that was paused, or that halted, go on. Raises NotFoundError, RefusedError, StoreError."""
+    return control_replay.resume(_changing(), operation)
+
+
 def stop_replay(operation: str) -> Row:
     """End a replay where it is. Raises NotFoundError, RefusedError, StoreError."""
     return control_replay.cancel(_changing(), operation)
+
+
+def failure_groups(run: str, *, stage: str | None = None) -> list[Row]:
+    """Dead letters and jobs that wait for a retry, grouped by what they failed of, the largest group first.
+
+    Raises NotFoundError, StoreError.
+    """
+    return ledger.failure_groups(connected(), run, stage=stage)
 
 
 def cancel(

@@ -64,6 +64,7 @@ def cancel_jobs(rt: Runtime, run: str, selection: Selection, *, actor: str = "",
         # Before the jobs: of whoever is killed in between, marks are left that say nothing as long as jobs live.
         messages.mark_cancelled(rt.store, named)
         done = _cancel(rt, plan, rows, actor)
+        announce(rt)
         open_ones = messages.among(rt.store, named, MessageState.OPEN)
         messages.close_deserted(rt.store, [row["_id"] for row in _deserted(rt, open_ones)])
         return done

@@ -14,12 +14,14 @@ from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.selector import check_selector, written
 from pipeline_app.domain.states import AT_REST, JobState
 from pipeline_app.domain.target import Target
-from pipeline_app.errors import NotFoundError, UsageError
+from pipeline_app.errors import NotFoundError, StoreError, UsageError
 from pipeline_app.flow.announce import announce
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import holds, jobs, manifests
 from pipeline_app.store.client import Document
 
+#: Counting what a hold would stop takes at most so many seconds.
+COUNT_S = 2.0
 #: Stored states of jobs that a hold can stop.
 _OPEN = tuple(state for state in JobState if state not in AT_REST and state is not JobState.RUNNING)
 
@@ -103,18 +105,24 @@ def listing(rt: Runtime, run: str | None = None, *, ended: bool = False) -> list
     return [_row(row, kept) for row in rows]
 
 
-def matching(rt: Runtime, *, selector: Mapping[str, str], run: str | None = None) -> dict[str, int]:
-    """Stored state -> jobs that are not at rest and that a hold on this would stop; looks at each of them.
+def matching(rt: Runtime, *, selector: Mapping[str, str], run: str | None = None) -> dict[str, int] | None:
+    """Stored state -> jobs that are not at rest and that a hold on this would stop.
 
+    None if there are too many to be looked at in COUNT_S: closing a target must not wait for a count.
     Raises UsageError, NotFoundError, StoreError.
     """
     target = _target(rt, selector, run)
     runs = [target.run] if target.run else [row["_id"] for row in manifests.matching(rt.store, {"cancel_done": False})]
     sums = {str(state): 0 for state in _OPEN}
-    for name in runs:
-        chosen = Selection(selector=target.selector, states=_OPEN)
-        for (_, state, _), number in jobs.count_selected(rt.store, name, chosen).items():
-            sums[state] += number
+    chosen = Selection(selector=target.selector, states=_OPEN)
+    try:
+        with rt.store.limited(COUNT_S):
+            for name in runs:
+                for (_, state, _), number in jobs.count_selected(rt.store, name, chosen).items():
+                    sums[state] += number
+    except StoreError:
+        # Should the store be away, whatever comes next says so.
+        return None
     return sums
 
 

@@ -151,7 +151,8 @@ def release_definitions(rt: Runtime) -> None:
         while rows := jobs.waiting_for_definition(rt.store, manifest["_id"], stages, before, JOBS_PAGE):
             if not enqueue_parked(rt, rows, "definition"):
                 break
-        if len(stages) < len(manifest["definition"]["stages"]):
+        # Those that could not be moved are looked for again: the flag is all that leads to them.
+        if rows or len(stages) < len(manifest["definition"]["stages"]):
             continue
         # Only if nobody has come to wait since: the flag was written with the jobs, in one transaction.
         unchanged = {"awaits_definition": manifest["awaits_definition"]}

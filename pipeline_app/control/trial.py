@@ -18,7 +18,7 @@ from pipeline_app.domain.job import Job, JobLine, idempotency_key
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.pipeline import Pipeline, Stage
 from pipeline_app.domain.states import DeadKind
-from pipeline_app.errors import BadJobLineError
+from pipeline_app.errors import BadJobLineError, RateLimited
 from pipeline_app.flow.execute import permanent_kind
 from pipeline_app.store.encoding import UnstorableError, encode
 from pipeline_app.store.outputs import encode_output
@@ -36,7 +36,7 @@ class Step:
     job_id: str
     stage: str
     partition: str
-    #: ok, would_retry or dead_lettered.
+    #: ok, would_retry, would_hold (its target is closed) or dead_lettered.
     outcome: str
     #: What the stage made of it, as it would be stored; None unless the outcome is ok.
     result: Any
@@ -94,6 +94,8 @@ def _step(pipeline: Pipeline, stage: Stage, line: JobLine, value: Any) -> Step:
         raise
     except BaseException as exc:  # noqa: BLE001 - also SystemExit, as in a worker
         error = ErrorRecord.of(exc).as_dict()
+        if isinstance(exc, RateLimited):
+            return made("would_hold", error=error)
         kind = permanent_kind(exc)
         if kind is None and stage.retry.allows(1):
             return made("would_retry", error=error, retry_in_s=round(stage.retry.delay_s(1), 3))

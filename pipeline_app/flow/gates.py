@@ -38,6 +38,12 @@ def expired(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | No
     return Outcome(job_id=job_id, move=Move.BURY, kind=DeadKind.EXPIRED)
 
 
+def taken(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
+    """A job that was cancelled since its message was claimed is not this message's any more."""
+    left = rt.memory.flags().left_in.get(work.message)
+    return None if left is None or job_id in left else Outcome(job_id=job_id, move=Move.SKIP)
+
+
 def closed(rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:  # noqa: ARG001
     """A job whose target is held, or whose place is paused, waits in the store; what the hold itself let go passes."""
     place = rt.memory.flags().closures.at(work.plan.run, work.task, work.partition)
@@ -74,7 +80,7 @@ def keeper(rt: Runtime, run: str, task: str, partition: str, tags: Mapping[str, 
 #: Asked once, when a chunk is claimed.
 GATES: tuple[Gate, ...] = (duplicate, cancelled, expired, closed)
 #: Asked again right before each job's handler: a chunk may take long.
-LATE_GATES: tuple[Gate, ...] = (cancelled, expired, closed)
+LATE_GATES: tuple[Gate, ...] = (cancelled, taken, expired, closed)
 
 
 def ask(gates: tuple[Gate, ...], rt: Runtime, work: Work, job_id: str, now: datetime) -> Outcome | None:

@@ -6,7 +6,7 @@ whose lease has ended. Nobody waits for a lease if the worker could still say go
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from pipeline_app.domain.job import job_key
@@ -17,7 +17,7 @@ from pipeline_app.flow.enqueue import enqueued_state, new_messages
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import attempts, jobs, messages, transition
 from pipeline_app.store.client import Document
-from pipeline_app.store.transition import JobMove, NotFittingError, Transition
+from pipeline_app.store.transition import JobMove, NotFittingError, Place, Transition
 
 #: A job that takes its whole worker down each time must end, too; one whose workers are killed from outside should not.
 UNSURE_LOSSES = 4
@@ -53,6 +53,7 @@ def give_back(
         _move(plan, stage, message, whole, doomed, fresh, lost)
         if lost:
             whole.attempts.extend(_lost_attempts(message, found, lost, now))
+            _count_replayed(whole, (plan.run, stage.name, message["partition"]), found.values())
         whole.events.append(_event(message, [row["job"] for row in found.values()], fresh, lost, now))
         try:
             with rt.counting() as whole.worker:
@@ -62,6 +63,13 @@ def give_back(
             if exc.messages:
                 return []  # recorded or given back by somebody else meanwhile
             # else some of its jobs moved on (cancelled): look again
+
+
+def _count_replayed(whole: Transition, place: Place, rows: Iterable[Document]) -> None:
+    """Count one more failed attempt for each of these jobs that a replay let go: it halts by that."""
+    for row in rows:
+        if row.get("operation") is not None:
+            whole.counts[place][f"operations.{row['operation']}.failed"] += 1
 
 
 def take_open(rt: Runtime, message_id: str) -> Document | None:

@@ -121,6 +121,12 @@ class Store:
         with pymongo.timeout(None):
             yield
 
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Calls in here end within that time, all together; what takes longer is a StoreError."""
+        with pymongo.timeout(seconds):
+            yield
+
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Run `work` as one transaction and commit it; it may be run several times.
 

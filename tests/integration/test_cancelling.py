@@ -16,8 +16,9 @@ from pipeline_app.control.why import why
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState, MessageState
 from pipeline_app.errors import NotFoundError
+from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import jobs, manifests, messages
+from pipeline_app.store import jobs, manifests, messages, workers
 from tests.integration.gate import Gate
 from tests.integration.helpers import (
     NewFlow,
@@ -145,6 +146,24 @@ def test_one_job_of_a_chunk_that_runs(project: Project, new_flow: NewFlow, gate:
 
     prove(rt, terminal=1, cancelled=1)
     assert {row["job"]: row["outcome"] for row in attempts(rt)} == {"j0": "refused", "j1": "ok"}
+
+
+def test_jobs_of_a_chunk_that_are_cancelled_before_their_turn_do_not_start(
+    project: Project, new_flow: NewFlow, gate: Gate
+) -> None:
+    chosen = pipeline(gate.stage(chunk=4))
+    rt = project.runtime(chosen)
+    rt.memory._version = lambda: workers.version(rt.store, FLAGS)  # as in a worker
+    begin(rt, chosen, lines(4))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(new_flow(rt).run, hints(rt)[0])
+        assert gate.entered.wait(10)
+        assert cancelling.cancel_jobs(rt, "r", Selection(job_ids=("j1", "j2"))) == 2
+        gate.may_end.set()
+        running.result(30)
+
+    assert gate.calls == ["j0", "j3"]
+    prove(rt, terminal=2, cancelled=2)
 
 
 def test_all_jobs_of_a_chunk_that_runs(project: Project, new_flow: NewFlow, gate: Gate) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from pipeline_app import Job, JobLine, PermanentError, Pipeline, Retry, Stage
+from pipeline_app import Job, JobLine, PermanentError, Pipeline, RateLimited, Retry, Stage
 from pipeline_app.control import trial
 from pipeline_app.errors import BadJobLineError
 
@@ -73,6 +73,15 @@ def test_what_no_second_attempt_mends_would_be_dead(n: int, kind: str, type_: st
 def test_other_errors_would_be_tried_again(n: int) -> None:
     last = tried(payload={"n": n})[-1]
     assert (last.outcome, last.kind, last.retry_in_s) == ("would_retry", None, 10.0)
+
+
+def test_a_rate_limit_would_hold_the_job() -> None:
+    def limited(n: int) -> int:
+        raise RateLimited(retry_after=5)
+
+    last = tried(Pipeline("p", [Stage(limited, retry=Retry(attempts=1))]), payload=1)[-1]
+    assert (last.outcome, last.kind, last.retry_in_s) == ("would_hold", None, None)
+    assert last.error is not None
 
 
 def test_without_another_attempt_it_is_exhausted() -> None:

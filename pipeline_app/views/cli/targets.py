@@ -49,11 +49,14 @@ def place(run: str, stage: str | None, partition: str | None) -> str:
     return ", ".join(f"{name} {one_line(value)}" for name, value in parts if value)
 
 
-def echo_jobs_meant(what: str, counts: Mapping[str, int]) -> None:
+def echo_jobs_meant(what: str, counts: Mapping[str, int] | None) -> None:
     """What will be changed and for how many: `closes ...: 4,120 jobs match (3,000 pending, 1,120 waiting)`.
 
-    A target that fits nothing may be a typing error.
+    A target that fits nothing may be a typing error. None: they are too many to be counted in a moment.
     """
+    if counts is None:
+        click.echo(f"{what}: more jobs match than can be counted in a moment")
+        return
     total = sum(counts.values())
     states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
     click.echo(f"{what}: {plural(total, 'job')} {'matches' if total == 1 else 'match'}{states and f' ({states})'}")

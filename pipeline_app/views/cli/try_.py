@@ -114,6 +114,8 @@ def _echo_step(step: Step) -> None:
     what = f"would be dead-lettered ({step.kind})"
     if step.outcome == "would_retry":
         what = f"would be tried again in {duration(step.retry_in_s)}"
+    elif step.outcome == "would_hold":
+        what = "would close its target, and be held until that is open"
     click.echo(f"{where}  {styled('failed', fg='red')} in {took}, {what}: {brief(step.error) or step.kind}")
     if step.error is not None and step.kind != "invalid_input":  # there the message says it all
         for line in indented(step.error["traceback"]):
