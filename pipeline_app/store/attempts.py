@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pymongo.errors import BulkWriteError
 
 from pipeline_app.domain.job import job_key
-from pipeline_app.store.client import Document, Session, Store, translated
+from pipeline_app.store.client import Document, Store, translated
 
 
 def attempt_id(run: str, job_id: str, stage: str, message: str) -> str:
@@ -79,25 +79,3 @@ def of_run(store: Store, run: str, *, stage: str | None, limit: int) -> list[Doc
                 break
     rows = list(by_ids(store, ids).values())
     return sorted(rows, key=lambda row: (row["started_at"], row["_id"]))[-limit:]
-
-
-def recorded_twice(store: Store, run: str, session: Session | None = None) -> Iterator[Document]:
-    """`{job, stage, generation, n}` where a stage was recorded as done more than once in one generation."""
-    stages: list[Document] = [
-        {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
-        {"$group": {"_id": {"job": "$job", "stage": "$stage", "generation": "$generation"}, "n": {"$sum": 1}}},
-        {"$match": {"n": {"$gt": 1}}},
-    ]
-    with translated(store):
-        for row in store.db.job_attempts.aggregate(stages, allowDiskUse=True, session=session):
-            yield {**row["_id"], "n": row["n"]}
-
-
-def count_ok(store: Store, run: str, session: Session | None = None) -> dict[str, int]:
-    """Stage -> attempts that ended ok."""
-    stages: list[Document] = [
-        {"$match": {"_id": {"$gte": f"{run}/", "$lt": f"{run}0"}, "outcome": "ok"}},
-        {"$group": {"_id": "$stage", "n": {"$sum": 1}}},
-    ]
-    with translated(store):
-        return {row["_id"]: row["n"] for row in store.db.job_attempts.aggregate(stages, session=session)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bson import ObjectId
 
-from pipeline_app.store.client import Document, Session, Store, translated
+from pipeline_app.store.client import Document, Store, translated
 
 
 def of_run(
@@ -39,13 +39,3 @@ def delete(store: Store, event: ObjectId) -> None:
     """Remove an event of a batch that is taken back."""
     with translated(store):
         store.db.pipeline_events.delete_one({"_id": event})
-
-
-def recorded_jobs(store: Store, run: str, session: Session | None = None) -> dict[str, int]:
-    """Stage -> jobs that the log says were advanced."""
-    stages: list[Document] = [
-        {"$match": {"run": run, "event": "recorded"}},
-        {"$group": {"_id": "$stage", "n": {"$sum": "$advanced"}}},
-    ]
-    with translated(store):
-        return {row["_id"]: row["n"] for row in store.db.pipeline_events.aggregate(stages, session=session)}

@@ -336,16 +336,6 @@ def failure_groups(store: Store, run: str, *, stage: str | None, limit: int) -> 
         return list(store.db.job_states.aggregate(stages))
 
 
-def count_by_state(store: Store, run: str, session: Session | None = None) -> dict[tuple[str, str], int]:
-    """(stage, stored state) -> jobs, by a full count; for verify."""
-    stages: list[Document] = [
-        {"$match": {"run": run}},
-        {"$group": {"_id": {"stage": "$stage", "state": "$state"}, "n": {"$sum": 1}}},
-    ]
-    with translated(store):
-        rows = store.db.job_states.aggregate(stages, session=session)
-        return {(row["_id"]["stage"], row["_id"]["state"]): row["n"] for row in rows}
-
 
 def delete(store: Store, keys: Sequence[str], batch: str) -> None:
     """Remove jobs of a batch that is taken back."""

@@ -228,10 +228,3 @@ def postpone(store: Store, ids: Sequence[str], seconds: float) -> None:
         store.fast.messages.update_many(
             {"_id": {"$in": list(ids)}}, {"$set": {"check_at": store.now() + timedelta(seconds=seconds)}}
         )
-
-
-def count_published(store: Store, queue: str) -> int:
-    """How many messages of a queue are open and were published."""
-    query = {"state": MessageState.OPEN, "queue": queue, "published_at": {"$type": "date"}}
-    with translated(store):
-        return store.db.messages.count_documents(query)
