@@ -268,7 +268,7 @@ def test_results_for_a_queue_that_was_declared_otherwise(project: Project, new_f
     seeding.seed(rt, "r", lines(1))
 
     assert new_flow(rt).run(hints(rt)[0]) == "1 advance"
-    backdate(rt, "messages", 60, "check_at")
+    backdate(rt, "messages", 20, "check_at")
     sweep.publish_unpublished(rt)
 
     prove(rt, terminal=1)
