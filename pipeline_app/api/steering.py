@@ -1,13 +1,14 @@
 """Containing and repairing: holds, throttles, pauses, replays, cancelling, moving, priorities.
 
-Each returns what the command of that name prints with `--json`, and takes times as `datetime` or as text (`"+30m"`,
-ISO 8601), rates and budgets as text (`"39/s"`, `"100000 tokens/1d"`).
+Rows are those that the commands print with `--json`. Times are `datetime` (UTC if it has no zone) or text (`"+30m"`,
+ISO 8601), rates and budgets text (`"39/s"`, `"100000 tokens/1d"`). A filter that is given and empty is an error: it
+would mean every job.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pipeline_app.api.connection import connected
@@ -45,7 +46,7 @@ def hold(
     Raises UsageError (no selector, a time that is over), NotFoundError (no such run), StoreError.
     """
     rt = _changing()
-    at = time_to_come(until, rt.store.now()) if isinstance(until, str) else until
+    at = time_to_come(until, rt.store.now()) if isinstance(until, str) else _time(rt, until)
     return control_holds.set_hold(rt, selector=selector, run=run, until=at, reason=reason, actor=actor())
 
 
@@ -125,9 +126,9 @@ def resume(run: str, *, stage: str | None = None, partition: str | None = None) 
 def replay(
     run: str,
     *,
-    jobs: Sequence[str] = (),
+    jobs: Sequence[str] | None = None,
     selector: Mapping[str, str] | None = None,
-    status: Sequence[str] = (),
+    status: Sequence[str] | None = None,
     stage: str | None = None,
     error: str | None = None,
     since: datetime | str | None = None,
@@ -163,6 +164,8 @@ def replay(
     asked = control_replay.request(rt, run, chosen, from_stage=from_stage, edit=edit, force=force)
     if dry_run:
         return control_replay.survey(rt, asked).as_dict()
+    if rate is None and seconds(ramp):
+        raise UsageError("a ramp leads to a rate", hint="give a rate as well")
     pace = None if rate is None else Pace(per_s=Rate.parse(rate).per_s, ramp_s=seconds(ramp))
     return control_replay.start(rt, asked, pace=pace, halt_after=halt_after, reason=reason, actor=actor())
 
@@ -198,9 +201,9 @@ def failure_groups(run: str, *, stage: str | None = None) -> list[Row]:
 def cancel(
     run: str,
     *,
-    jobs: Sequence[str] = (),
+    jobs: Sequence[str] | None = None,
     selector: Mapping[str, str] | None = None,
-    status: Sequence[str] = (),
+    status: Sequence[str] | None = None,
     stage: str | None = None,
     partition: str | None = None,
 ) -> int:
@@ -219,9 +222,9 @@ def move(
     run: str,
     to: str,
     *,
-    jobs: Sequence[str] = (),
+    jobs: Sequence[str] | None = None,
     selector: Mapping[str, str] | None = None,
-    status: Sequence[str] = (),
+    status: Sequence[str] | None = None,
     stage: str | None = None,
 ) -> int:
     """Move waiting jobs to stage `to`, with the input that they have; returns how many.
@@ -236,9 +239,9 @@ def set_priority(
     run: str,
     priority: int,
     *,
-    jobs: Sequence[str] = (),
+    jobs: Sequence[str] | None = None,
     selector: Mapping[str, str] | None = None,
-    status: Sequence[str] = (),
+    status: Sequence[str] | None = None,
     stage: str | None = None,
 ) -> int:
     """Set the priority (-1000 to 1000) of jobs that are not at rest; returns how many changed.
@@ -249,6 +252,12 @@ def set_priority(
     return moving.set_priority(rt, run, _selection(rt, jobs, selector, status, stage), priority, actor=actor())
 
 
+def _time(rt: Runtime, at: datetime | str | None) -> datetime | None:
+    if isinstance(at, str):
+        return point_in_time(at, rt.store.now())
+    return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at
+
+
 def _changing() -> Runtime:
     rt = connected()
     prepare(rt)
@@ -257,30 +266,29 @@ def _changing() -> Runtime:
 
 def _selection(
     rt: Runtime,
-    jobs: Sequence[str],
+    jobs: Sequence[str] | None,
     selector: Mapping[str, str] | None,
-    status: Sequence[str],
+    status: Sequence[str] | None,
     stage: str | None,
     *,
     since: datetime | str | None = None,
     until: datetime | str | None = None,
     **more: str | None,
 ) -> Selection:
+    for name, given in (("jobs", jobs), ("selector", selector), ("status", status)):
+        if given is not None and not given:
+            raise UsageError(f"{name} is empty, and that would mean every job", hint="leave it out to mean every job")
     try:
-        states = tuple(JobState(state) for state in status)
+        states = tuple(JobState(state) for state in status or ())
     except ValueError as exc:
         raise UsageError(f"there is no such state: {exc}", hint="states are " + ", ".join(JobState)) from exc
-    bounds = {
-        name: point_in_time(at, rt.store.now()) if isinstance(at, str) else at
-        for name, at in (("since", since), ("until", until))
-    }
     return Selection(
-        job_ids=tuple(jobs),
+        job_ids=tuple(jobs or ()),
         selector=dict(selector or {}),
         states=states,
         stage=stage,
         partition=more.get("partition"),
         group=more.get("group"),
-        since=bounds["since"],
-        until=bounds["until"],
+        since=_time(rt, since),
+        until=_time(rt, until),
     )

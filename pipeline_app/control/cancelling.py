@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pipeline_app.control import seeding, selecting
+from pipeline_app.control.fitting import apply_fitting
 from pipeline_app.control.leader import contained
 from pipeline_app.control.selecting import PAGE, UNFINISHED, Progress, silent
 from pipeline_app.domain.job import job_key
@@ -30,7 +31,7 @@ from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, manifests, messages, partitions, transition, workers
 from pipeline_app.store.client import Document
-from pipeline_app.store.transition import JobMove, NotFittingError, Transition
+from pipeline_app.store.transition import JobMove, Transition
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def cancel_jobs(rt: Runtime, run: str, selection: Selection, *, actor: str = "",
         # Before the jobs: of whoever is killed in between, marks are left that say nothing as long as jobs live.
         messages.mark_cancelled(rt.store, named)
         done = _cancel(rt, plan, rows, actor)
-        announce(rt)
+        if messages.among(rt.store, named, MessageState.CLAIMED):
+            announce(rt)  # those that did not start yet, in messages that run, need not
         open_ones = messages.among(rt.store, named, MessageState.OPEN)
         messages.close_deserted(rt.store, [row["_id"] for row in _deserted(rt, open_ones)])
         return done
@@ -100,12 +102,19 @@ def stop_handlers(rt: Runtime) -> None:
     closed, so that nothing shows as running, and what the handler records later is refused.
     """
     marked = messages.claimed(rt.store, cancelled_at={"$exists": True})
-    overdue = [row for row in marked if _overdue(rt, row) >= timedelta(0)]
+    overdue = []
+    for row in marked:
+        with contained("looking at", row["_id"]):
+            if _overdue(rt, row) >= timedelta(0):
+                overdue.append(row)
     if not overdue:
         return
     pools = {row["_id"]: row.get("pool") for row in workers.alive(rt.store)}
     told: list[str] = []
-    for row in _deserted(rt, overdue):
+    deserted = _deserted(rt, overdue)
+    # One that was recorded between the two questions looks deserted, too: its process has begun something else by now.
+    still = {row["_id"] for row in messages.among(rt.store, [row["_id"] for row in deserted], MessageState.CLAIMED)}
+    for row in [row for row in deserted if row["_id"] in still]:
         obeys = pools.get(row["worker"]) == "prefork" and not rt.settings.broker_is_embedded
         if obeys and _overdue(rt, row) < timedelta(seconds=OBEYS_S):
             told.append(row["_id"])
@@ -157,14 +166,12 @@ def _cancel_all(rt: Runtime, plan: RunPlan) -> int:
     return moved
 
 
-def _cancel(rt: Runtime, plan: RunPlan, rows: list[Document], actor: str) -> int:
+def _cancel(rt: Runtime, run: RunPlan, rows: list[Document], actor: str) -> int:
     """Cancel those of these jobs that are where they were; in one transaction."""
-    left = {row["_id"]: row for row in rows}
-    while left:
-        now = rt.store.now()
-        whole = Transition(now=now)
+
+    def plan(whole: Transition, fitting: list[Document]) -> None:
         groups: dict[tuple[str, str, str], list[Document]] = defaultdict(list)
-        for row in left.values():
+        for row in fitting:
             groups[row["stage"], row["partition"], row["state"]].append(row)
         for (stage, partition, state), group in groups.items():
             whole.moves.append(
@@ -176,13 +183,8 @@ def _cancel(rt: Runtime, plan: RunPlan, rows: list[Document], actor: str) -> int
                     unset=jobs.PARKED_FIELDS,
                 )
             )
-            whole.count((plan.run, stage, partition), JobState(state), JobState.CANCELLED, len(group))
+            whole.count((run.run, stage, partition), JobState(state), JobState.CANCELLED, len(group))
             ids = [row["job"] for row in group]
-            whole.events.append(transition.event(plan.run, stage, "cancelled", jobs=ids, now=now, actor=actor))
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-            return len(left)
-        except NotFittingError as exc:
-            left = {key: row for key, row in left.items() if key not in exc.jobs}
-    return 0
+            whole.events.append(transition.event(run.run, stage, "cancelled", jobs=ids, now=whole.now, actor=actor))
+
+    return len(apply_fitting(rt, {row["_id"]: row for row in rows}, plan)[0])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline_app.control import selecting, throttles
+from pipeline_app.control.fitting import apply_fitting
 from pipeline_app.control.selecting import UNFINISHED, Place, Progress, silent
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.plan import RunPlan
@@ -47,7 +48,7 @@ def move_jobs(
         pending = [row for row in there if row["state"] == JobState.PENDING]
         return _move_parked(rt, plan, to, parked, actor) + _move_pending(rt, plan, to, pending, actor)
 
-    return selecting.change_all(rt, plan, selection, change, progress)
+    return selecting.change_all(rt, plan, selection, change, progress, once=True)
 
 
 def preview_move(rt: Runtime, run: str, selection: Selection, to: str) -> dict[str, Any]:
@@ -81,26 +82,18 @@ def _arrival(plan: RunPlan, stage: str, to: str) -> tuple[Document, dict[str, in
     return {"stage": to, "failures": 0, "deferrals": 0, "losses": 0}, {"generation": 1} if back else {}
 
 
-def _move_parked(rt: Runtime, plan: RunPlan, to: str, rows: Sequence[Document], actor: str) -> int:
-    left = {row["_id"]: row for row in rows}
-    while left:
-        now = rt.store.now()
-        whole = Transition(now=now)
+def _move_parked(rt: Runtime, run: RunPlan, to: str, rows: Sequence[Document], actor: str) -> int:
+    def plan(whole: Transition, fitting: list[Document]) -> None:
         groups: dict[tuple[str, str, str], list[Document]] = defaultdict(list)
-        for row in left.values():
+        for row in fitting:
             groups[row["stage"], row["partition"], row["state"]].append(row)
         for (stage, partition, state), group in groups.items():
-            arrived, inc = _arrival(plan, stage, to)
+            arrived, inc = _arrival(run, stage, to)
             guard = {"state": state, "stage": stage, "message": None}
             whole.moves.append(JobMove(keys=[row["_id"] for row in group], guard=guard, set=arrived, inc=inc))
-            _note(whole, plan, (stage, to, partition), JobState(state), group, actor)
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-            return len(left)
-        except NotFittingError as exc:
-            left = {key: row for key, row in left.items() if key not in exc.jobs}
-    return 0
+            _note(whole, run, (stage, to, partition), JobState(state), group, actor)
+
+    return len(apply_fitting(rt, {row["_id"]: row for row in rows}, plan)[0])
 
 
 def _note(
@@ -238,22 +231,16 @@ def _find_for_priority(rt: Runtime, run: str, selection: Selection, priority: in
     return selecting.find_run(rt, run, selection)
 
 
-def _set_priority(rt: Runtime, plan: RunPlan, rows: Sequence[Document], priority: int, actor: str) -> int:
-    left = {row["_id"]: row for row in rows}
-    while left:
-        whole = Transition(now=rt.store.now())
+def _set_priority(rt: Runtime, run: RunPlan, rows: Sequence[Document], priority: int, actor: str) -> int:
+    def plan(whole: Transition, fitting: list[Document]) -> None:
+        keys = [row["_id"] for row in fitting]
         guard = {"state": {"$in": list(UNFINISHED)}}
-        whole.moves.append(JobMove(keys=list(left), guard=guard, set={"priority": priority}))
+        whole.moves.append(JobMove(keys=keys, guard=guard, set={"priority": priority}))
         stages: dict[str, list[str]] = defaultdict(list)
-        for row in left.values():
+        for row in fitting:
             stages[row["stage"]].append(row["job"])
         for stage, ids in stages.items():
             said = {"priority": priority, "actor": actor}
-            whole.events.append(transition.event(plan.run, stage, "priority", jobs=ids, now=whole.now, **said))
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-            return len(left)
-        except NotFittingError as exc:
-            left = {key: row for key, row in left.items() if key not in exc.jobs}
-    return 0
+            whole.events.append(transition.event(run.run, stage, "priority", jobs=ids, now=whole.now, **said))
+
+    return len(apply_fitting(rt, {row["_id"]: row for row in rows}, plan)[0])

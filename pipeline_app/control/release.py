@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pipeline_app.control.fitting import apply_fitting
 from pipeline_app.control.leader import contained
 from pipeline_app.domain.states import JobState
 from pipeline_app.flow.enqueue import enqueued_state, new_messages
@@ -12,7 +13,7 @@ from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, transition
 from pipeline_app.store.client import Document
-from pipeline_app.store.transition import JobMove, NotFittingError, Place, Transition
+from pipeline_app.store.transition import JobMove, Place, Transition
 
 
 def enqueue_parked(
@@ -44,14 +45,14 @@ def _enqueue_group(
     released_by: str | None,
 ) -> list[Document]:
     run, stage, partition = place
-    plan = rt.memory.need_plan(run)
-    left = {row["_id"]: row for row in rows}
-    while left:
-        now = rt.store.now()
-        keys = {row["job"]: key for key, row in left.items()}
-        fresh = new_messages(plan, stage, partition, list(keys), now, chunk=chunk, released_by=released_by)
-        whole = Transition(now=now, messages=list(fresh))
-        for message in fresh:
+    definition = rt.memory.need_plan(run)
+
+    def plan(whole: Transition, fitting: list[Document]) -> None:
+        keys = {row["job"]: row["_id"] for row in fitting}
+        whole.messages += new_messages(
+            definition, stage, partition, list(keys), whole.now, chunk=chunk, released_by=released_by
+        )
+        for message in whole.messages:
             whole.moves.append(
                 JobMove(
                     keys=[keys[job] for job in message["jobs"]],
@@ -60,14 +61,8 @@ def _enqueue_group(
                     unset=jobs.PARKED_FIELDS,
                 )
             )
-            whole.events.append(
-                transition.event(run, stage, "enqueued", jobs=message["jobs"], now=now, message=message["_id"], why=why)
-            )
-        whole.count(place, state, JobState.PENDING, len(left))
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-            return fresh
-        except NotFittingError as exc:
-            left = {key: row for key, row in left.items() if key not in exc.jobs}
-    return []
+            about = {"jobs": message["jobs"], "now": whole.now, "message": message["_id"], "why": why}
+            whole.events.append(transition.event(run, stage, "enqueued", **about))
+        whole.count(place, state, JobState.PENDING, len(fitting))
+
+    return apply_fitting(rt, {row["_id"]: row for row in rows}, plan)[1]

@@ -13,6 +13,7 @@ from datetime import datetime
 from functools import partial
 
 from pipeline_app.control import flaws, hints
+from pipeline_app.control.fitting import apply_fitting
 from pipeline_app.control.flaws import Flaw, Mend
 from pipeline_app.control.release import enqueue_parked
 from pipeline_app.domain.plan import RunPlan
@@ -23,7 +24,7 @@ from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import accounts, jobs, transition
 from pipeline_app.store.client import Document
-from pipeline_app.store.transition import JobMove, NotFittingError, Transition
+from pipeline_app.store.transition import JobMove, Transition
 
 #: A job may have more than one flaw; one is mended after the other.
 FLAWS_OF_A_JOB = 3
@@ -148,19 +149,10 @@ def _enqueue(rt: Runtime, plan: RunPlan, found: Sequence[Flaw]) -> list[str]:
 
 def _carry_out(rt: Runtime, plan: RunPlan, found: Sequence[Flaw], planner: Planner) -> list[str]:
     """Mend these jobs in one transaction, without those that moved on meanwhile; the `_id`s of those that were."""
-    left = {flaw.row["_id"]: flaw for flaw in found}
-    while left:
-        whole = Transition(now=rt.store.now())
-        planner(plan, whole, list(left.values()))
-        try:
-            with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
-        except NotFittingError as exc:
-            left = {key: flaw for key, flaw in left.items() if key not in exc.jobs}
-            continue
-        publish_or_leave(rt, whole.messages)
-        break
-    return list(left)
+    flaws = {flaw.row["_id"]: flaw for flaw in found}
+    mended, made = apply_fitting(rt, flaws, lambda whole, fitting: planner(plan, whole, fitting))
+    publish_or_leave(rt, made)
+    return [flaw.row["_id"] for flaw in mended]
 
 
 def _plan_enqueue(plan: RunPlan, whole: Transition, found: Sequence[Flaw]) -> None:

@@ -12,10 +12,10 @@ from pipeline_app.control.seeding import hidden_batches
 from pipeline_app.domain.edit import Edit, NotEditableError
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.selection import Selection
-from pipeline_app.domain.states import JobState, MessageState
+from pipeline_app.domain.states import JobState
 from pipeline_app.errors import InvalidResultError
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import holds, jobs, messages, outputs
+from pipeline_app.store import holds, jobs, outputs
 from pipeline_app.store.client import Document
 
 #: States that a replay takes jobs from; the first is meant where none is given.
@@ -156,8 +156,6 @@ def judge(rt: Runtime, replay: Replay, rows: Sequence[Document], operation: str 
 def _due(rt: Runtime, replay: Replay, rows: Sequence[Document]) -> list[Verdict]:
     held = [row["waits_for"] for row in rows if row["state"] == JobState.HELD and row.get("waits_for")]
     in_force = holds.still_in_force(rt.store, list(set(held))) if held else set()
-    named = [row["message"] for row in rows if row["message"] is not None]
-    states = messages.states(rt.store, named) if named else {}
     now = rt.store.now()
     found = []
     for row in rows:
@@ -165,9 +163,10 @@ def _due(rt: Runtime, replay: Replay, rows: Sequence[Document]) -> list[Verdict]
         expires_at = row.get("expires_at")
         overdue = expires_at is not None and expires_at < now
         due = not is_kept and not overdue and _is_due(row, now)
-        # What runs at this moment is nobody's to take, by force neither.
-        runs = states.get(row["message"]) == MessageState.CLAIMED
-        skip = Skip.NOT_DUE if runs or not (due or replay.force) else None
+        # What is on its way, or runs, is nobody's to take, by force neither: a worker may claim it at any moment, and
+        # would run it beside the replay.
+        on_its_way = row["state"] == JobState.PENDING
+        skip = Skip.NOT_DUE if on_its_way or not (due or replay.force) else None
         found.append(Verdict(row=row, skip=skip, stage=replay.start_of(row), overdue=overdue))
     return found
 
@@ -176,7 +175,7 @@ def _is_due(row: Document, now: datetime) -> bool:
     """Whether nothing but the operator brings the job on, or its time has come."""
     if row["state"] in (JobState.WAITING, JobState.RETRY_WAITING):
         return "due_at" in row and bool(row["due_at"] <= now)
-    return bool(row["state"] != JobState.PENDING)
+    return True
 
 
 def _with_inputs(rt: Runtime, replay: Replay, verdicts: list[Verdict]) -> list[Verdict]:

@@ -139,8 +139,9 @@ def step(rt: Runtime, replay: Replay, row: Document, due: Due) -> Document | Non
     Raises StoreError, after which it may have happened; it will not happen again.
     """
     allowed = min(int(due.jobs), PAGE, MESSAGES * min(stage.chunk for stage in replay.plan.stages))
-    least = LOOK if replay.edit is None else LOOK_EDITED
-    found = page(rt, replay, row["cursor"], max(allowed, least), row["_id"])
+    # Inputs that are edited are read, and may be large: few at a time, however many are due.
+    limit = max(allowed, LOOK) if replay.edit is None else LOOK_EDITED
+    found = page(rt, replay, row["cursor"], limit, row["_id"])
     verdicts = judge(rt, replay, found.rows, row["_id"])
     mine = _affordable(verdicts, allowed)
     cursor = found.after if len(mine) == len(verdicts) else found.behind(mine[-1].row["_id"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from pipeline_app.control import seeding
@@ -89,13 +90,21 @@ def summary(found: Mapping[Place, int]) -> dict[str, Any]:
     return {"matched": sum(found.values()), **{name: dict(sorted(part.items())) for name, part in parts.items()}}
 
 
-def change_all(rt: Runtime, plan: RunPlan, selection: Selection, change: Change, progress: Progress = silent) -> int:
+def change_all(
+    rt: Runtime, plan: RunPlan, selection: Selection, change: Change, progress: Progress = silent, *, once: bool = False
+) -> int:
     """Let `change` have every job of the selection that is not at rest, in pages; returns how many it changed.
+
+    Where the selection tells places, only jobs that stand there now are meant; else also those that travel meanwhile.
+    With `once` nothing is looked for again: a change that sends jobs on would meet them once more.
 
     Raises StoreError: then some are changed, and asking again changes the others.
     """
+    if selection.until is None and (once or selection.states or selection.stage or selection.group):
+        # Jobs of this very millisecond are meant.
+        selection = replace(selection, until=rt.store.now() + timedelta(milliseconds=1))
     changed = 0
-    for _ in range(PASSES):
+    for _ in range(1 if once else PASSES):
         before = changed
         for page in _pages(rt, plan, selection):
             changed += change(page)

@@ -8,7 +8,10 @@ Python and the import of the application.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -147,6 +150,7 @@ class _Child:
     def __init__(self) -> None:
         self.process, self._channel = _started()
         self._memory = psutil.Process(self.process.pid)
+        self.answered = False
         #: Resident memory when it was looked at last, and at most.
         self.rss_bytes = self.peak_rss_bytes = 0
 
@@ -155,7 +159,12 @@ class _Child:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         # Having answered it ends by itself; the handler's threads cannot delay it.
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # It leads a group of its own: what its handler started ends with it, unless it answered.
+            if self.answered:
+                self.process.kill()
+            else:
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._channel.close()
 
@@ -179,7 +188,8 @@ class _Child:
                 said += piece
         except ConnectionError:  # it ended without having read all
             pass
-        if not is_whole(memoryview(said)[1:]):
+        self.answered = is_whole(memoryview(said)[1:])
+        if not self.answered:
             self._await_end()
         return bytes(said)
 

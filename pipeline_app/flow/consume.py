@@ -129,7 +129,17 @@ class Flow:
     def _record(self, work: claim.Work, outcomes: Sequence[Outcome], code_version: str) -> list[Document]:
         """The record, tried until it is known: the handlers ran, and only this process knows how that ended."""
         entry = record.Record(work=work, outcomes=outcomes, code_version=code_version)
-        return _until_known("record", work.message, lambda: self._records.submit(entry))
+        return _until_known("record", work.message, lambda: self._record_or_alone(entry))
+
+    def _record_or_alone(self, entry: record.Record) -> list[Document]:
+        try:
+            return self._records.submit(entry)
+        except StoreError:
+            raise
+        except Exception:
+            # One record of those that were to be committed together cannot be: it must not take the others with it.
+            logger.warning("recording by itself: message=%s", entry.work.message, exc_info=True)
+            return record.record_together(self.rt, [entry])[0]
 
 
 def _until_known(what: str, message: str, ask: Callable[[], Answer]) -> Answer:

@@ -39,7 +39,7 @@ def give_back(
     stage = plan.stage(message["stage"])
     sure = its_own_doing and len(message["jobs"]) == 1
     limit = stage.losses if sure else stage.losses * UNSURE_LOSSES
-    if lost and message["process"] != rt.process:
+    if message["process"] != rt.process:
         # Killed in the middle of its record, it holds these very documents. (Ours would be other threads' records.)
         rt.store.end_transactions(message["process"])
     while True:

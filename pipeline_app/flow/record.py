@@ -137,7 +137,7 @@ def _count_replayed(work: Work, plan: Transition, outcomes: Sequence[Outcome]) -
         operation = work.jobs[outcome.job_id].get("operation") if outcome.job_id in work.jobs else None
         if operation is None:
             continue
-        if outcome.attempt in (AttemptOutcome.FAILED, AttemptOutcome.LOST):
+        if outcome.attempt in (AttemptOutcome.FAILED, AttemptOutcome.LOST) or outcome.move is Move.BURY:
             plan.counts[place][f"operations.{operation}.failed"] += 1
         elif outcome.move is Move.ADVANCE and work.stage == last:
             plan.counts[place][f"operations.{operation}.terminal"] += 1

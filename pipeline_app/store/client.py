@@ -51,6 +51,8 @@ _DURABLE = WriteConcern("majority", j=True)
 _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
 #: Codes of the server that mean "not you": not authorised, not authenticated.
 _REFUSED_CODES = {13, 18}
+#: Code of the server for a snapshot that it does not keep any more.
+_TOO_OLD_CODE = 239
 #: Codes of the server that mean "not now": stepping down, shutting down, out of time.
 _AWAY_CODES = {6, 7, 43, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436}
 
@@ -204,6 +206,11 @@ def translated(store: Store) -> Iterator[None]:
             raise StoreError(
                 f"MongoDB at {store.address} refuses us: {_brief(exc)}",
                 hint="check the user and password in MONGODB_URL",
+            ) from exc
+        if isinstance(exc, OperationFailure) and exc.code == _TOO_OLD_CODE:
+            raise StoreError(
+                f"MongoDB at {store.address} keeps what was true only for a while, and this look took longer",
+                hint="set its parameter minSnapshotHistoryWindowInSeconds (300 by default) to more",
             ) from exc
         if is_away(exc):
             raise StoreError(

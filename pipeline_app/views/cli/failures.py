@@ -111,5 +111,7 @@ def _next_steps(run: str, group: dict[str, Any]) -> dict[str, str]:
     steps = {"one of them": f"pipeline-app job {run} {shlex.quote(group['sample_job'])}"}
     if group["dead_lettered"]:
         steps["its dead letters"] = f"pipeline-app failures {run} --error {group['group']}"
-        steps["run them again"] = f"pipeline-app replay start {run} --error {group['group']} --dry-run"
+        # The group's name says nothing of the stage.
+        which = f"--stage {group['stage']} --error {group['group']}"
+        steps["run them again"] = f"pipeline-app replay start {run} {which} --dry-run"
     return steps

@@ -63,7 +63,7 @@ def set_(
 
     selector = parse_selector(selectors)
     ends = time_to_come(until, datetime.now(UTC)) if until is not None else None
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         run = run_name(rt, run)
         matching = holds.matching(rt, selector=selector, run=run)
         if not as_json:
@@ -129,7 +129,7 @@ def clear(
     selector = parse_selector(selectors)
     if (hold is None) == (not selector and run is None):
         raise UsageError("name what to open: either HOLD, or --selector and --run", hint="pipeline-app hold list")
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         rows = _chosen(rt, hold, selector, run)
         for row in rows if not as_json else ():
             where = jobs_meant(row["selector"], row["run"])

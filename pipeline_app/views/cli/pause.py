@@ -49,7 +49,7 @@ def pause(run: str, stage: str | None, partition: str | None, reason: str, dry_r
     from pipeline_app.control.operators import actor
     from pipeline_app.control.standing import standing
 
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         run = _name(rt, run, stage)
         matching = standing(rt, run, stage=stage, partition=partition)
         if not as_json:
@@ -108,7 +108,7 @@ def resume(run: str, stage: str | None, partition: str | None, dry_run: bool, as
     """
     from pipeline_app.control import pauses
 
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         run = _name(rt, run, stage)
         rows = _paused_there(rt, run, stage, partition)
         if not rows:

@@ -158,7 +158,7 @@ def _start(run: str, asked: _Request, *, wait: bool, dry_run: bool, yes: bool, a
     from pipeline_app.control.operators import actor
 
     control.check(asked.selection)
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         wanted = control.request(
             rt, run, asked.selection, from_stage=asked.from_stage, edit=asked.edit, force=asked.force
         )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: How often `--wait` looks.
 LOOK_EVERY_S = 0.5
-#: States of a replay in which it goes on no further.
-_ENDED = {"done", "halted", "cancelled"}
+#: States of a replay in which it goes on no further by itself.
+_ENDED = {"done", "halted", "cancelled", "paused"}
 
 
 def echo_survey(

@@ -97,7 +97,7 @@ def _set(
     from pipeline_app.control import holds, throttles
     from pipeline_app.control.operators import actor
 
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         run = run_name(rt, run)
         matching = holds.matching(rt, selector=selector, run=run)
         before = _in_force(rt, selector, run)
@@ -183,7 +183,7 @@ def clear(throttle: str | None, selectors: tuple[str, ...], run: str | None, dry
         raise UsageError(
             "name what to clear: either THROTTLE, or --selector and --run", hint="pipeline-app throttle list"
         )
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         run = run_name(rt, run)
         if throttle is not None:
             rows = [row for row in throttles.listing(rt) if row["throttle"] == throttle]
