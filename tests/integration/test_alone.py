@@ -25,7 +25,7 @@ from pipeline_app.flow.handle import job_of
 from pipeline_app.runtime import Runtime
 from tests.integration import alone_handlers
 from tests.integration.helpers import attempts, begin, claimed, job, outcomes, pipeline, prove, pump
-from tests.project import Project
+from tests.project import Project, eventually
 
 
 def suspect(rt: Runtime, *job_ids: str, losses: int = 1) -> None:
