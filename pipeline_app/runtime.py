@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: A process without a worker's lifeline asks by itself whether a run was cancelled, this often.
 REFRESH_S = 1.0
+#: A process with a lifeline reads its flags again after this, whether or not it was told of a change.
+SAFETY_S = 5.0
 
 
 def new_incarnation() -> str:
@@ -87,6 +89,8 @@ class Memory:
         self._version = version
         self._seen: int | None = -1
         self._checked = 0.0
+        #: After a failed load: not at every look again.
+        self._not_before = 0.0
         self._loading = threading.Lock()
         self._flags = Flags()
         #: Holds that handlers of this process have set, and which load of the flags is sure to see each in the store.
@@ -119,7 +123,11 @@ class Memory:
     def flags(self) -> Flags:
         """What is cancelled, closed and throttled: a look into memory, reloaded only when something changed."""
         version = self._version()
-        if version == self._seen and (version is not None or time.monotonic() - self._checked <= REFRESH_S):
+        age_s = time.monotonic() - self._checked
+        # Looked at anew now and then, even if nobody said that anything changed.
+        if version == self._seen and age_s <= (REFRESH_S if version is None else SAFETY_S):
+            return self._flags
+        if time.monotonic() < self._not_before:
             return self._flags
         # One thread loads; the others go by what is known meanwhile, for as long as a read takes.
         if self._loading.acquire(blocking=self._seen == -1):
@@ -128,6 +136,7 @@ class Memory:
             except StoreError as exc:
                 # The next look tries again. Nothing is recorded while the store is away.
                 logger.info("flags are as they were: %s", exc)
+                self._not_before = time.monotonic() + REFRESH_S
             finally:
                 self._loading.release()
         return self._flags

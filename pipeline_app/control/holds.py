@@ -7,9 +7,10 @@ over: see `hold_release.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
+from pipeline_app.domain.rate_limit import LONGEST_S
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.selector import check_selector, written
 from pipeline_app.domain.states import AT_REST, JobState
@@ -43,6 +44,8 @@ def set_hold(
     Raises UsageError (no selector, a time that is over), NotFoundError (no such run), StoreError.
     """
     target = _target(rt, selector, run)
+    if until is not None and until > rt.store.now() + timedelta(seconds=LONGEST_S):
+        raise UsageError("a hold ends within ten years, or when it is cleared", hint="leave the time out")
     if until is not None and until <= rt.store.now():
         raise UsageError(f"a hold until {until:%Y-%m-%dT%H:%M:%SZ} would be over: it is {rt.store.now():%H:%M:%SZ}")
     row = holds.close(rt.store, holds.HOLD, target, until=until, reason=reason, actor=actor)

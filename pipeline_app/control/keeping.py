@@ -49,10 +49,15 @@ def _held(row: Document, behind: str) -> Answer:
 def _paused(row: Document) -> Answer:
     target = Target.of(row)
     because = f" ({row['reason']})" if row["reason"] else ""
+    what = f"{target} is paused since {row['created_at']:%Y-%m-%dT%H:%M:%SZ}{because}, by {row['actor'] or 'somebody'}"
+    return what, {"kind": "pause", "pause": row["_id"]}, f"pipeline-app resume {paused_place(row)} lets it go on"
+
+
+def paused_place(row: Document) -> str:
+    """What `resume` has to be told for a pause."""
     options = f" --stage {row['stage'].partition('.')[2]}" if row["stage"] else ""
     options += f" --partition {shlex.quote(row['partition'])}" if row["partition"] else ""
-    what = f"{target} is paused since {row['created_at']:%Y-%m-%dT%H:%M:%SZ}{because}, by {row['actor'] or 'somebody'}"
-    return what, {"kind": "pause", "pause": row["_id"]}, f"pipeline-app resume {row['run']}{options} lets it go on"
+    return f"{row['run']}{options}"
 
 
 def _throttled(rt: Runtime, row: Document, behind: str) -> Answer:
@@ -70,4 +75,5 @@ def _throttled(rt: Runtime, row: Document, behind: str) -> Answer:
         waits_for["until"] = spent[1] if spent[0] >= amount else None
     what = f"{target} is throttled to {', '.join(limits)}{behind}"
     selectors = " ".join(f"--selector {shlex.quote(pair)}" for pair in written(target.selector).split(","))
-    return what, waits_for, f"pipeline-app throttle set {selectors} changes the limits"
+    where = f" --run {row['run']}" if row["run"] else ""
+    return what, waits_for, f"pipeline-app throttle set {selectors}{where} changes the limits"

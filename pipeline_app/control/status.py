@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.control import keeping
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import AT_REST, JobState
@@ -219,7 +220,7 @@ def _closed(closed: list[Document], states: dict[str, int]) -> list[str]:
     for row in closed:
         because = f" ({row['reason']})" if row["reason"] else ""
         if row["kind"] == "pause":
-            found.append(f"{Target.of(row)} is paused{because}: pipeline-app resume {row['run']}")
+            found.append(f"{Target.of(row)} is paused{because}: pipeline-app resume {keeping.paused_place(row)}")
         elif states[JobState.HELD]:
             until = "until it is cleared" if row["until"] is None else f"until {row['until']:%Y-%m-%dT%H:%M:%SZ}"
             found.append(f"{Target.of(row)} is closed {until}{because}: hold {row['_id']}")

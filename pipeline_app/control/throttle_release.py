@@ -9,9 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
+from pipeline_app.control import seeding
+from pipeline_app.control.leader import contained
 from pipeline_app.control.release import enqueue_parked
+from pipeline_app.domain.pipeline import MAX_CHUNK
 from pipeline_app.domain.target import Target
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, messages, throttles
@@ -34,69 +38,103 @@ STUCK_AFTER = timedelta(seconds=5)
 def release_throttled(rt: Runtime) -> None:
     """Let go of jobs whose turn comes."""
     waiting = [keeper for keeper in jobs.keepers(rt.store) if keeper.startswith(throttles.PREFIX)]
-    for row in throttles.in_use(rt.store, waiting):
-        if (row["_id"] in waiting) is not row["backlog"]:
-            # While jobs wait, those that come later go behind them; when nobody does, they need not.
-            throttles.set_backlog(rt.store, row["_id"], row["_id"] in waiting)
-        if row["_id"] not in waiting:
-            continue
-        target = Target.of(row)
-        # What would be held at once waits here as well: so it keeps its turn, and the hold has few to probe with.
-        if not any(closed.includes(target) for closed, _ in rt.memory.flags().closures.entries):
-            _release(rt, row)
+    rows = throttles.in_use(rt.store, waiting)
+    hidden = seeding.hidden_batches(rt) if rows else []
+    for row in rows:
+        with contained("letting go", row["_id"]):
+            _look_at(rt, row, row["_id"] in waiting, hidden)
 
 
-def _release(rt: Runtime, row: Document) -> None:
+def _look_at(rt: Runtime, row: Document, waits: bool, hidden: Sequence[str]) -> None:
+    if waits is not row["backlog"]:
+        # While jobs wait, those that come later go behind them; when nobody does, they need not.
+        throttles.set_backlog(rt.store, row["_id"], waits)
+    target = Target.of(row)
+    # What would be held at once waits here as well: so it keeps its turn, and the hold has few to probe with.
+    if waits and not any(closed.includes(target) for closed, _ in rt.memory.flags().closures.entries):
+        _release(rt, row, hidden)
+
+
+def _release(rt: Runtime, row: Document, hidden: Sequence[str]) -> None:
     on_their_way = messages.released(rt.store, row["_id"])
     late = rt.store.now() - STUCK_AFTER
-    stuck = {(m["stage"], m["partition"]) for m in on_their_way if m["created_at"] < late}
-    moving = [m for m in on_their_way if (m["stage"], m["partition"]) not in stuck]
+    stuck = {_place(m) for m in on_their_way if m["created_at"] < late}
+    moving = [m for m in on_their_way if _place(m) not in stuck]
     room = _room(rt, row, moving)
-    if room <= 0:
+    if room.jobs <= 0 or room.messages <= 0:
         return
-    rows = jobs.kept_by(rt.store, row["_id"], room, not_in=sorted(stuck))
-    enqueue_parked(rt, _with_runway(rt, rows, moving, row), "throttle", chunk=_chunk(row), released_by=row["_id"])
+    full = {place for place in map(_place, moving) if _left(rt, row, place, moving) <= 0}
+    rows = jobs.kept_by(rt.store, row["_id"], room.jobs, not_in=sorted(stuck | full), skip_batches=hidden)
+    chosen = _with_runway(rt, rows, moving, row, room.messages)
+    enqueue_parked(rt, chosen, "throttle", chunk=_chunk(row), released_by=row["_id"])
+
+
+#: (run, stage, partition)
+Place = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What may be let go now."""
+
+    jobs: int
+    messages: int
+
+
+def _place(row: Document) -> Place:
+    return row["run"], row["stage"], row["partition"]
 
 
 def _chunk(row: Document) -> int | None:
     return None if row["rate_per_s"] is None else max(1, int(row["rate_per_s"] * CHUNK_S))
 
 
-def _room(rt: Runtime, row: Document, moving: Sequence[Document]) -> int:
-    """How many jobs may be let go now."""
-    under_way = sum(len(m["jobs"]) for m in moving)
-    rooms = [PAGE]
+def _room(rt: Runtime, row: Document, moving: Sequence[Document]) -> Room:
+    number, documents = PAGE, PAGE
     if row["rate_per_s"] is not None:
         interval = 1.0 / row["rate_per_s"]
         now = rt.store.now().timestamp()
-        earliest = max(row["next_at"] / 1000, now - (row["burst"] - 1) * interval)
-        rooms.append(math.floor((now + AHEAD_S - earliest) / interval) + 1 - under_way)
+        earliest = max(row["next_at"] / 1000, now - max(0.0, row["burst"] - 1.5) * interval)
+        under_way = sum(len(m["jobs"]) for m in moving)
+        number = min(PAGE, math.floor((now + AHEAD_S - earliest) / interval) + 1 - under_way)
     if row["concurrency"] is not None:
-        rooms.append(row["concurrency"] - len(row["locks"]) - len(moving))
+        documents = row["concurrency"] - len(row["locks"]) - len(moving)
     spent = throttles.spent_now(row, rt.store.now())
     if spent is not None and spent[0] >= row["budget"]["amount"]:
-        rooms.append(0)
-    return min(rooms)
+        number = 0
+    return Room(jobs=number, messages=documents)
+
+
+def _left(rt: Runtime, row: Document, place: Place, moving: Sequence[Document]) -> int:
+    """How many jobs more keep a place's queue busy."""
+    if row["rate_per_s"] is not None:
+        return PAGE
+    chunk = rt.memory.need_plan(place[0]).stage(place[1]).chunk
+    return RUNWAY * chunk - sum(len(m["jobs"]) for m in moving if _place(m) == place)
 
 
 def _with_runway(
-    rt: Runtime, rows: Sequence[Document], moving: Sequence[Document], row: Document
+    rt: Runtime, rows: Sequence[Document], moving: Sequence[Document], row: Document, documents: int
 ) -> list[Document]:
-    """The first of `rows`, as many for each queue as keep it busy."""
-    if row["rate_per_s"] is not None:
-        return list(rows)
-    left: dict[tuple[str, str, str], int] = {}
-    for job in rows:
-        place = (job["run"], job["stage"], job["partition"])
-        if place not in left:
-            left[place] = RUNWAY * rt.memory.need_plan(job["run"]).stage(job["stage"]).chunk
-            left[place] -= sum(len(m["jobs"]) for m in moving if (m["run"], m["stage"], m["partition"]) == place)
+    """The first of `rows`: as many for each queue as keep it busy, in so many messages at most."""
+    left: dict[Place, int] = {}
+    begun: dict[Place, int] = {}
     chosen = []
     for job in rows:
-        place = (job["run"], job["stage"], job["partition"])
+        place = _place(job)
+        if place not in left:
+            left[place] = _left(rt, row, place, moving)
+            begun[place] = 0
+        if left[place] <= 0:
+            continue
+        size = min(_chunk(row) or MAX_CHUNK, rt.memory.need_plan(place[0]).stage(place[1]).chunk)
+        if begun[place] % size == 0:
+            if documents <= 0:
+                continue
+            documents -= 1
+        begun[place] += 1
         left[place] -= 1
-        if left[place] >= 0:
-            chosen.append(job)
+        chosen.append(job)
     return chosen
 
 

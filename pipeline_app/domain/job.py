@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -165,4 +166,6 @@ class Job:
 
     def spend(self, amount: float, unit: str = "units") -> None:
         """Report what the work costs, for throttles with a budget: tokens, money. Counts also if the handler fails."""
+        if not math.isfinite(amount):
+            raise ValueError(f"nobody can spend {amount!r} {unit}")
         self.spent[unit] = self.spent.get(unit, 0.0) + amount

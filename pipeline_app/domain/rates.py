@@ -26,6 +26,10 @@ _BUDGET = re.compile(rf"{_NUMBER}(?:\s+(?P<unit>[A-Za-z_][\w.-]*))?\s*/\s*(?P<pe
 _PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+#: More than this no throttle could tell from none.
+FASTEST_PER_S = 1e6
+
+
 @dataclass(frozen=True)
 class Rate:
     """How many may start in a time."""
@@ -43,6 +47,8 @@ class Rate:
             raise UsageError(f"not a rate: {text!r}", hint=_RATE_HINT)
         number = _positive(found["number"], text, "rate", _RATE_HINT)
         per_s = number / _period_s(found["period"], text, "rate", _RATE_HINT)
+        if per_s > FASTEST_PER_S:
+            raise UsageError(f"that is no limit: {text!r}", hint=f"a rate is at most {FASTEST_PER_S:,.0f}/s")
         if per_s * LONGEST_PERIOD_S < 1:
             raise UsageError(f"less than one a year is not a rate: {text!r}", hint=_RATE_HINT)
         return cls(per_s)

@@ -16,6 +16,9 @@ from pipeline_app.domain.selector import matches, written
 
 T = TypeVar("T")
 
+#: Places that a table keeps cut down; beyond it begins anew.
+REMEMBERED = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -97,6 +100,8 @@ class Table(Generic[T]):
         """What can apply there."""
         place = self._places.get((run, stage, partition))
         if place is None:
+            if len(self._places) >= REMEMBERED:
+                self._places.clear()
             fitting = [(target, what) for target, what in self.entries if target.holds_in(run, stage, partition)]
             place = self._places[run, stage, partition] = Place(fitting)
         return place

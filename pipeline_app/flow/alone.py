@@ -98,7 +98,8 @@ def run(rt: Runtime, work: Work, stage: Stage, job: Job) -> Any:
 def _request(rt: Runtime, work: Work, stage: Stage, job: Job) -> Document:
     return {
         "root": str(settings.project_root()),
-        "sys_path": [path for path in sys.path if isinstance(path, str)],
+        # Celery's own command takes the project's folder off its path again once it has found the app there.
+        "sys_path": [str(settings.project_root()), *(path for path in sys.path if isinstance(path, str))],
         "log_level": logging.getLogger().getEffectiveLevel(),
         "broker": _broker(rt),
         "pipelines": list(rt.settings.pipelines),

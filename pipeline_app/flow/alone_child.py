@@ -146,7 +146,7 @@ def find_handler(request: Mapping[str, Any]) -> Handler:
 def _failed(exc: BaseException, job: Job) -> bytes:
     answer = {"error": ErrorRecord.of(exc).as_dict(), "kind": permanent_kind(exc), "spent": job.spent}
     if isinstance(exc, RateLimited):
-        selector = None if exc.selector is None else dict(exc.selector)
+        selector = dict(exc.selector) if isinstance(exc.selector, Mapping) else None
         limits = {"message": exc.message, "until": exc.until, "retry_after": exc.retry_after, "selector": selector}
         answer["limits"] = limits
     return to_bytes(answer)

@@ -11,8 +11,9 @@ import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import target_tags
-from pipeline_app.domain.rate_limit import DEFAULT_S, retry_after
+from pipeline_app.domain.rate_limit import DEFAULT_S, LONGEST_S, retry_after
 from pipeline_app.domain.selector import check_selector
 from pipeline_app.domain.target import Target
 from pipeline_app.errors import RateLimited, StoreError, UsageError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: A hold is not written again for moving its end by less than this.
 WORTH_S = 0.25
+#: Longer reasons are cut: they stand in lists.
+LONGEST_REASON = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +59,12 @@ class Closings:
         target = _target(work, job_id, exc)
         hold = target.digest(holds.HOLD)
         until = _until(exc, self._rt.store.now())
-        closing = Closing(
-            hold=hold, target=target, until=until, reason=exc.message, actor=f"{work.task} on {self._rt.incarnation()}"
-        )
+        # As the ledger keeps it: whatever the handler raised it with, it can be stored.
+        reason = ErrorRecord.of(exc).message[:LONGEST_REASON]
+        actor = f"{work.task} on {self._rt.incarnation()}"
+        closing = Closing(hold=hold, target=target, until=until, reason=reason, actor=actor)
         with self._lock:
-            said = self._said.get(hold)
-            now = self._rt.store.now()
-            # What was said before and is over by now was another closing.
-            if said is not None and said > now and until - said <= timedelta(seconds=WORTH_S):
+            if self._is_said(work, hold, until):
                 return hold
             self._said[hold] = until
             self._unsaved.append(closing)
@@ -81,24 +82,43 @@ class Closings:
                 if not self._unsaved:
                     return
                 closing = self._unsaved[0]
-            row = holds.close(
-                self._rt.store,
-                holds.HOLD,
-                closing.target,
-                until=closing.until,
-                reason=closing.reason,
-                actor=closing.actor,
-                by_handler=True,
-            )
-            with self._lock:
-                if closing in self._unsaved:
-                    self._unsaved.remove(closing)
-                if row["until"] is not None:
-                    self._said[closing.hold] = max(self._said[closing.hold], row["until"])
-            self._rt.memory.closed(closing.hold)
+            try:
+                row = holds.close(
+                    self._rt.store,
+                    holds.HOLD,
+                    closing.target,
+                    until=closing.until,
+                    reason=closing.reason,
+                    actor=closing.actor,
+                    by_handler=True,
+                )
+            except StoreError:
+                raise
+            except Exception:
+                # One that cannot be stored must not stand before all that come after it.
+                logger.exception("cannot close: hold=%s target=%s", closing.hold, closing.target)
+                self._forget(closing)
+                continue
+            # Told before it is forgotten here: without a word the others would look at it only seconds later.
+            announce(self._rt)
+            self._forget(closing)
             until = row["until"]
             logger.warning("closed: hold=%s target=%s until=%s: %s", row["_id"], closing.target, until, row["reason"])
-            announce(self._rt)
+
+    def _forget(self, closing: Closing) -> None:
+        with self._lock:
+            if closing in self._unsaved:
+                self._unsaved.remove(closing)
+        self._rt.memory.closed(closing.hold)
+
+    def _is_said(self, work: Work, hold: str, until: datetime) -> bool:
+        """Whether this process has said so already, and it is still so."""
+        said = self._said.get(hold)
+        if said is None or said <= self._rt.store.now() or until - said > timedelta(seconds=WORTH_S):
+            return False
+        # A probe that is refused says that the target is closed once more; and a hold that was cleared is none.
+        probes = work.released_by is not None and work.released_by.startswith(f"{hold}/")
+        return not probes and any(closure.id == hold for _, closure in self._rt.memory.flags().closures.entries)
 
 
 def _target(work: Work, job_id: str, exc: RateLimited) -> Target:
@@ -113,14 +133,20 @@ def _target(work: Work, job_id: str, exc: RateLimited) -> Target:
 
 
 def _until(exc: RateLimited, now: datetime) -> datetime:
+    """When the target may be asked again, within reason; what the handler says may be anything."""
+    try:
+        at = _said_until(exc, now)
+    except (UsageError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        logger.warning("RateLimited: %s: closing for %.0f s instead", error, DEFAULT_S)
+        at = now + timedelta(seconds=DEFAULT_S)
+    # A time that is over already still means "not now".
+    return min(max(at, now + timedelta(seconds=0.1)), now + timedelta(seconds=LONGEST_S))
+
+
+def _said_until(exc: RateLimited, now: datetime) -> datetime:
     at = exc.until
     if at is None:
-        try:
-            at = retry_after(exc.retry_after, now)
-        except UsageError as error:
-            logger.warning("%s: closing for %.0f s instead", error.message, DEFAULT_S)
+        at = retry_after(exc.retry_after, now)
     if at is None:
         at = now + timedelta(seconds=DEFAULT_S)
-    at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-    # A time that is over already still means "not now".
-    return max(at, now + timedelta(seconds=0.1))
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)

@@ -33,9 +33,11 @@ def handle(
     """
     outcomes: list[Outcome] = []
     for position, job_id in enumerate(ready):
-        # The gates after the wait: a hold that was set meanwhile is in force.
-        outcome = leave.wait(job_id, len(ready) - position) or gates.ask(
-            gates.LATE_GATES, rt, work, job_id, rt.store.now()
+        # The gates also after the wait: a hold that was set meanwhile is in force.
+        outcome = (
+            gates.ask(gates.LATE_GATES, rt, work, job_id, rt.store.now())
+            or leave.wait(job_id, len(ready) - position)
+            or (gates.ask(gates.LATE_GATES, rt, work, job_id, rt.store.now()) if leave.has_waited else None)
         )
         outcomes.append(outcome or _attempt(rt, work, stage, job_id, leave, closings))
     return outcomes

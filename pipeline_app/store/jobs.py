@@ -113,14 +113,24 @@ def due(store: Store, now: datetime, limit: int, skip_batches: Sequence[str] = (
 def keepers(store: Store) -> list[str]:
     """Ids of the holds, pauses and throttles that jobs wait for."""
     with translated(store):
-        return list(store.db.job_states.distinct("waits_for", {"waits_for": {"$exists": True}}))
+        # Asked so, the index jumps from one to the next; "exists" would read every job that waits.
+        return list(store.db.job_states.distinct("waits_for", {"waits_for": {"$gt": ""}}))
 
 
-def kept_by(store: Store, keeper: str, limit: int, *, not_in: Sequence[tuple[str, str]] = ()) -> list[Document]:
-    """Jobs that wait for that, in the order in which they are let go; none of those (stage, partition)."""
+def kept_by(
+    store: Store,
+    keeper: str,
+    limit: int,
+    *,
+    not_in: Sequence[tuple[str, str, str]] = (),
+    skip_batches: Sequence[str] = (),
+) -> list[Document]:
+    """Jobs that wait for that, in the order in which they are let go; none of those (run, stage, partition)."""
     query: Document = {"waits_for": keeper}
     if not_in:
-        query["$nor"] = [{"stage": stage, "partition": partition} for stage, partition in not_in]
+        query["$nor"] = [{"run": run, "stage": stage, "partition": partition} for run, stage, partition in not_in]
+    if skip_batches:
+        query["batch"] = {"$nin": list(skip_batches)}
     with translated(store):
         found = store.db.job_states.find(query, {"payload": 0})
         return list(found.sort([("priority", -1), ("seq", 1)]).limit(limit))

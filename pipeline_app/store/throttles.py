@@ -22,6 +22,10 @@ PREFIX = "t-"
 LIMITS = ("rate_per_s", "burst", "concurrency", "budget", "ordered")
 
 
+class GoneError(Exception):
+    """The throttle was taken away: there is nothing to wait for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grant:
     """Leave to run some jobs: the first not before `start`, each of the others `interval_s` after the one before."""
@@ -29,8 +33,6 @@ class Grant:
     #: Seconds since 1970 by MongoDB's clock.
     start: float
     interval_s: float
-    #: Seconds since 1970 by MongoDB's clock, when it was given.
-    at: float
 
 
 def set_limits(store: Store, target: Target, limits: Mapping[str, Any], *, reason: str, actor: str) -> Document:
@@ -108,6 +110,8 @@ def admit(
 
     Leave under a bound on concurrency is a lock in the message's name, once for all of its jobs (they run one after the
     other); `unlock` gives it back, and `unlock_ended` those of messages that nobody runs any more.
+
+    Raises GoneError, StoreError.
     """
     now = {"$toDouble": {"$toLong": "$$NOW"}}
     interval = {"$divide": [1000.0, {"$ifNull": ["$rate_per_s", float("inf")]}]}
@@ -139,12 +143,12 @@ def admit(
         found = store.db.throttles.find_one_and_update(
             {"_id": throttle}, [{"$set": change}], return_document=ReturnDocument.AFTER
         )
-    if found is None:  # it was taken away: nothing to wait for
-        return Grant(start=0.0, interval_s=0.0, at=0.0)
+    if found is None:
+        raise GoneError(throttle)
     grant = found["grant"]
     if grant["start"] is None:
         return None
-    return Grant(start=grant["start"] / 1000, interval_s=grant["interval"] / 1000, at=grant["at"] / 1000)
+    return Grant(start=grant["start"] / 1000, interval_s=grant["interval"] / 1000)
 
 
 def _budget(now: Document) -> tuple[Document, Document]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
 from pipeline_app import Job, Pipeline, RateLimited, Retry, Stage
-from pipeline_app.control import hold_release, holds, pauses, throttle_release
-from pipeline_app.errors import NotFoundError, UsageError
+from pipeline_app.application import prepare
+from pipeline_app.control import hold_release, holds, paging, pauses, runs, seeding, throttle_release
+from pipeline_app.errors import DuplicateJobError, NotFoundError, UsageError
 from pipeline_app.flow.consume import Flow
 from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
@@ -381,6 +383,133 @@ def test_the_budget_of_deferrals_ends(project: Project) -> None:
     prove(rt, dead_lettered=1)
     assert job(rt, "j0")["reason"] == "exhausted"
     assert job(rt, "j0")["deferrals"] == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"retry_after": timedelta(seconds=5)},
+        {"retry_after": "soon"},
+        {"until": "tomorrow"},
+        {"until": datetime.max.replace(tzinfo=timezone(-timedelta(hours=5)))},
+        {"retry_after": "Fri, 31 Dec 9999 23:59:59 -0500"},
+        {"selector": "a=b"},
+        {"message": ValueError("an exception"), "retry_after": 5},
+        {"message": "half a \udc80 character", "retry_after": 5},
+    ],
+)
+def test_whatever_a_handler_says_its_target_is_closed_and_nothing_else_is_hurt(
+    project: Project, said: dict[str, Any]
+) -> None:
+    def ask(n: int, job: Job) -> int:
+        if job.tags["provider"] == "openai":
+            raise RateLimited(**said)
+        return n
+
+    rt, chosen = make(project, Stage(ask, chunk=5, retry=Retry(attempts=1)))
+    begin(rt, chosen, [*lines(2, **OPEN_AI), {"job_id": "free", "payload": 1, **OTHER}])
+    pump(rt)
+
+    prove(rt, held=2, terminal=1)
+    (row,) = holds.listing(rt)
+    assert timedelta() < row["until"] - rt.store.now() < timedelta(days=3651)
+
+
+def test_after_probes_failed_once_the_next_ones_may_pass(project: Project) -> None:
+    """Given workers that remember the hold as it was, when it is probed again, then they let its probes pass."""
+    provider = Provider()
+    provider.error = ValueError("down")
+    rt, chosen = make(project, provider.stage(retry=Retry(attempts=9, backoff="1h")))
+    begin(rt, chosen, lines(20, **OPEN_AI))
+    flow = Flow(rt, lambda: False)
+    holds.set_hold(rt, selector={"provider": "openai"})
+    pump(rt, flow)
+    holds.clear(rt, selector={"provider": "openai"})
+    for _ in range(2):
+        hold_release.probe_held(rt)
+        pump(rt, flow)
+    assert holds.listing(rt)[0]["state"] == "active"
+
+    provider.error = None
+    backdate(rt, "target_holds", 1000, "until")
+    let_go(rt, flow)
+
+    assert by_state(rt) == {"retry_waiting": 3, "terminal": 17}
+
+
+def test_two_holds_on_the_same_jobs_do_not_wait_for_each_other(project: Project) -> None:
+    rt, chosen = make(project, as_row)
+    prepare(rt)
+    runs.create_run(rt, "r", chosen)
+    holds.set_hold(rt, selector={"provider": "openai"}, run="r")
+    seeding.seed(rt, "r", lines(5, **OPEN_AI))
+    holds.set_hold(rt, selector={"provider": "openai"})
+    begin(rt, chosen, lines(5, **OPEN_AI), run="other")
+    assert len({job(rt, "j0")["waits_for"], job(rt, "j0", "other")["waits_for"]}) == 2
+
+    holds.clear(rt, selector={"provider": "openai"}, run="r")
+    holds.clear(rt, selector={"provider": "openai"})
+    for _ in range(5):
+        let_go(rt)
+
+    prove(rt, terminal=5)
+    prove(rt, "other", terminal=5)
+
+
+def test_a_hold_that_was_cleared_is_set_again_by_the_next_refusal(project: Project) -> None:
+    provider = Provider(until=datetime(2100, 1, 1, tzinfo=UTC))
+    rt, chosen = make(project, provider.stage())
+    begin(rt, chosen, lines(3, **OPEN_AI))
+    flow = Flow(rt, lambda: False)
+    pump(rt, flow)
+    assert len(provider.calls) == 1
+
+    holds.clear(rt, selector={"provider": "openai"}, at_once=True)
+    hold_release.release_kept_by_nothing(rt)
+    pump(rt, flow)
+
+    assert len(provider.calls) == 2
+    (row,) = holds.listing(rt)
+    assert (row["state"], row["closings"], row["held_jobs"]) == ("active", 2, 3)
+
+
+def test_jobs_of_a_batch_that_is_not_closed_stay_where_they_are(project: Project) -> None:
+    """Given a file whose jobs are held, when its seeding fails after the hold is over, then nothing of it ran."""
+    provider = Provider()
+    rt, chosen = make(project, provider.stage())
+    prepare(rt)
+    runs.create_run(rt, "r", chosen)
+    hold = holds.set_hold(rt, selector={"provider": "openai"})["hold"]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from lines(paging.PAGE, **OPEN_AI)
+        holds.clear(rt, hold=hold, at_once=True)
+        hold_release.release_kept_by_nothing(rt)
+        pump(rt)
+        yield {"job_id": "j0"}
+
+    with pytest.raises(DuplicateJobError):
+        seeding.seed(rt, "r", rows(), whole=True)
+
+    assert provider.calls == []
+    prove(rt)
+
+
+def test_probes_that_nobody_takes_do_not_keep_it_closed(project: Project) -> None:
+    provider = Provider()
+    rt, chosen = make(project, provider.stage(), partition_by=["kind"])
+    rows = [{**row, "tags": {"provider": "openai", "kind": "ab"[n >= 3]}} for n, row in enumerate(lines(8))]
+    prepare(rt)
+    holds.set_hold(rt, selector={"provider": "openai"})
+    begin(rt, chosen, rows)
+    holds.clear(rt, selector={"provider": "openai"})
+    hold_release.probe_held(rt)
+    assert rt.store.db.messages.distinct("partition", {"state": "open"}) == ["kind__a"]
+
+    backdate(rt, "messages", 6, "created_at")
+    hold_release.probe_held(rt)
+
+    assert sorted(rt.store.db.messages.distinct("partition", {"state": "open"})) == ["kind__a", "kind__b"]
 
 
 # Pauses

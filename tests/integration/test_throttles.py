@@ -227,6 +227,39 @@ def test_a_throttle_that_is_taken_away_lets_its_jobs_go(project: Project) -> Non
     prove(rt, terminal=5)
 
 
+def test_a_throttle_that_is_taken_away_lets_a_chunk_that_runs_go_on(project: Project) -> None:
+    calls: list[int] = []
+
+    def ask(n: int) -> int:
+        calls.append(n)
+        if len(calls) == 2:
+            throttles.clear(rt, selector=SELECTOR)
+        return n
+
+    rt, chosen = make(project, Stage(ask, chunk=10))
+    begin(rt, chosen, lines(10, **TAGS))
+    throttles.set_throttle(rt, selector=SELECTOR, rate=Rate.parse("20/s"))
+
+    pump(rt)
+
+    prove(rt, terminal=10)
+
+
+def test_a_bound_on_concurrency_lets_whole_chunks_go(project: Project) -> None:
+    rt, chosen = make(project, Stage(as_row, chunk=50))
+    begin(rt, chosen, lines(200, **TAGS))
+    row = throttles.set_throttle(rt, selector=SELECTOR, concurrency=2)
+    store_throttles.set_backlog(rt.store, row["throttle"], True)
+    pump(rt)
+    assert by_state(rt) == {"waiting": 200}
+
+    throttle_release.release_throttled(rt)
+
+    assert [len(hint["jobs"]) for hint in rt.store.db.messages.find({"state": "open"})] == [50, 50]
+    run_on(rt, 1.0)
+    prove(rt, terminal=200)
+
+
 def test_an_ordered_run_goes_by_priority(project: Project) -> None:
     log = Log()
     rt, chosen = make(project, log.stage())

@@ -71,7 +71,7 @@ Examples:
 @click.option("--rate", metavar="RATE", help="No faster than this: 200/s, 100/m, 5000/h.")
 @click.option("--ramp", metavar="TIME", help="Grow from a tenth of the rate to the whole in this time: 60s.")
 @click.option("--halt-after", type=click.IntRange(min=1), metavar="N", help="Stop when N attempts failed again.")
-@click.option("--force", is_flag=True, help="Also jobs that are not due. What is held or paused stays so.")
+@click.option("--force", is_flag=True, help="Also jobs that are not due. What is held, paused or on its way stays so.")
 @reason_option
 @click.option("--wait", is_flag=True, help="Wait until all were replayed; exit 1 if it halted before.")
 @dry_run_option
@@ -106,7 +106,7 @@ def start(
     input is edited; every job begins a new generation, with all its attempts.
 
     \b
-    States: dead_lettered, held, terminal, cancelled, waiting, retry_waiting, pending.
+    States: dead_lettered, held, terminal, cancelled, waiting, retry_waiting.
     """
     now = datetime.now(UTC)
     asked = _Request(
