@@ -183,7 +183,7 @@ class Worker:
         self.log = project.folder / f"worker-{time.monotonic_ns()}.log"
         self._out = self.log.open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "pipeline_app", "worker", "-P", pool, "-c", str(concurrency),
+            ["celery", "-A", "pipeline_app", "worker", "-P", pool, "-c", str(concurrency),
              "-n", f"{self.log.stem}@%h", "--without-mingle", "--without-gossip", "-l", "INFO", *arguments],
             cwd=project.folder,
             env={**project.env, **(env or {})},

@@ -73,6 +73,7 @@ def throttle(
     selector: Mapping[str, str],
     *,
     run: str | None = None,
+    stage: str | None = None,
     rate: str | None = None,
     burst: int | None = None,
     concurrency: int | None = None,
@@ -82,6 +83,7 @@ def throttle(
     """Bound what all workers together do to a target.
 
     Args:
+        stage: the only stage that it applies to, as `"pipeline.stage"`; without one a job counts in every stage.
         rate: handlers started, such as `"39/s"`; `burst` (1) may start at once after a pause.
         concurrency: messages that are handled at the same time.
         budget: what handlers report by `Job.spend`, such as `"100000 tokens/1d"`.
@@ -92,6 +94,7 @@ def throttle(
         _changing(),
         selector=selector,
         run=run,
+        stage=stage,
         rate=None if rate is None else Rate.parse(rate),
         burst=burst,
         concurrency=concurrency,

@@ -108,16 +108,21 @@ def listing(rt: Runtime, run: str | None = None, *, ended: bool = False) -> list
     return [_row(row, kept) for row in rows]
 
 
-def matching(rt: Runtime, *, selector: Mapping[str, str], run: str | None = None) -> dict[str, int] | None:
-    """Stored state -> jobs that are not at rest and that a hold on this would stop.
+def matching(
+    rt: Runtime, *, selector: Mapping[str, str], run: str | None = None, stage: str | None = None
+) -> dict[str, int] | None:
+    """Stored state -> jobs that are not at rest and that a hold on this would stop, in all stages or one.
 
     None if there are too many to be looked at in COUNT_S: closing a target must not wait for a count.
     Raises UsageError, NotFoundError, StoreError.
     """
     target = _target(rt, selector, run)
-    runs = [target.run] if target.run else [row["_id"] for row in manifests.matching(rt.store, {"cancel_done": False})]
+    pipeline, _, name_of_stage = (stage or "").partition(".")
+    which: dict[str, Any] = {"cancel_done": False} | ({"_id": target.run} if target.run else {})
+    which |= {"pipeline": pipeline} if pipeline else {}
+    runs = [row["_id"] for row in manifests.matching(rt.store, which)]
     sums = {str(state): 0 for state in _OPEN}
-    chosen = Selection(selector=target.selector, states=_OPEN)
+    chosen = Selection(selector=target.selector, states=_OPEN, stage=name_of_stage or None)
     try:
         with rt.store.limited(COUNT_S):
             for name in runs:

@@ -20,6 +20,7 @@ def set_throttle(
     *,
     selector: Mapping[str, str],
     run: str | None = None,
+    stage: str | None = None,
     rate: Rate | None = None,
     burst: int | None = None,
     concurrency: int | None = None,
@@ -30,6 +31,7 @@ def set_throttle(
     """Bound what all workers together do to a target; said again, the new limits replace the old ones.
 
     Args:
+        stage: the only stage that it applies to, as `pipeline.stage`; without one a job counts in every stage.
         rate: handlers started, as a token bucket of `burst` (1 if not given) tokens.
         concurrency: messages of matching jobs that are handled at the same time.
         budget: what handlers report by `Job.spend`, per period; no handler starts when it is spent.
@@ -52,10 +54,18 @@ def set_throttle(
         "concurrency": concurrency,
         "budget": None if budget is None else vars(budget),
     }
-    target = Target(run=None if run is None else manifests.get(rt.store, run)["_id"], selector=chosen)
+    run = None if run is None else manifests.get(rt.store, run)["_id"]
+    target = Target(run=run, stage=check_task(stage), selector=chosen)
     row = throttles.set_limits(rt.store, target, limits, reason=reason, actor=actor)
     announce(rt)
     return _row(rt, row, jobs.count_kept_by(rt.store, [row["_id"]]))
+
+
+def check_task(stage: str | None) -> str | None:
+    """`pipeline.stage`, if it is one. Raises UsageError."""
+    if stage is not None and (stage.count(".") != 1 or not all(stage.split("."))):
+        raise UsageError(f"not a stage of a pipeline: {stage!r}", hint="write PIPELINE.STAGE, such as survey.analyze")
+    return stage
 
 
 def order_run(rt: Runtime, run: str, *, reason: str = "", actor: str = "") -> None:
@@ -119,6 +129,7 @@ def _row(rt: Runtime, row: Document, kept: Mapping[str, int]) -> dict[str, Any]:
     return {
         "throttle": row["_id"],
         "run": row["run"],
+        "stage": row["stage"],
         "selector": dict(row["selector"]),
         "rate_per_s": row["rate_per_s"],
         "burst": row["burst"],

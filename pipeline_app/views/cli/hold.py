@@ -132,7 +132,7 @@ def clear(
     with connection(write=not dry_run) as rt:
         rows = _chosen(rt, hold, selector, run)
         for row in rows if not as_json else ():
-            where = jobs_meant(row["selector"], row["run"])
+            where = jobs_meant(row["selector"], row["run"], row["stage"])
             click.echo(f"opens {where} ({row['hold']}): {plural(row['held_jobs'], 'job')} held")
         if not dry_run:
             rows = [done for row in rows for done in holds.clear(rt, hold=row["hold"], at_once=at_once)]
@@ -236,7 +236,7 @@ def _all_closed(rt: Runtime, run: str | None, ended: bool) -> list[dict[str, Any
 def _what(row: dict[str, Any]) -> str:
     if row["kind"] == "pause":
         return place(row["run"], row["stage"], row["partition"])
-    return jobs_meant(row["selector"], row["run"])
+    return jobs_meant(row["selector"], row["run"], row["stage"])
 
 
 def _end(row: dict[str, Any]) -> str:

@@ -38,9 +38,10 @@ def run_name(rt: Runtime, run: str | None) -> str | None:
     return None if run is None else find_plan(rt, run).run
 
 
-def jobs_meant(selector: Mapping[str, str], run: str | None) -> str:
-    """`provider=openai for all runs`."""
-    return f"{one_line(written(selector)) or 'all jobs'} for {f'run {run}' if run else 'all runs'}"
+def jobs_meant(selector: Mapping[str, str], run: str | None, stage: str | None = None) -> str:
+    """`provider=openai in books.ask for all runs`."""
+    where = f" in {stage}" if stage else ""
+    return f"{one_line(written(selector)) or 'all jobs'}{where} for {f'run {run}' if run else 'all runs'}"
 
 
 def place(run: str, stage: str | None, partition: str | None) -> str:

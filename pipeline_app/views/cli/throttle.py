@@ -37,6 +37,9 @@ _NOTHING_YET = {
 }
 
 
+stage_option = click.option("--stage", metavar="PIPELINE.STAGE", help="Only in this stage; else in every one.")
+
+
 @click.group(cls=Group)
 def throttle() -> None:
     """Limit how much all workers together ask of a target."""
@@ -47,14 +50,16 @@ def throttle() -> None:
     epilog="""\b
 Examples:
   pipeline-app throttle set --selector provider=openai --rate 39/s --burst 2
+  pipeline-app throttle set --selector provider=openai --stage books.ask --rate 39/s
   pipeline-app throttle set --selector provider=openai --concurrency 10 --run books-1
   pipeline-app throttle set --selector provider=openai --budget "100000 tokens/1d" --reason "free plan"
   pipeline-app throttle set --selector provider=openai --rate 100/10s --dry-run""",
 )
 @selector_option(required=True)
 @only_run_option
+@stage_option
 @click.option("--rate", metavar="RATE", help="How many jobs start in a time: 39/s, 100/m, 5000/h, 20000/d, 100/10s.")
-@click.option("--burst", type=click.IntRange(min=1), help="How many of them may start at one moment. [default: 1]")
+@click.option("--burst", type=click.IntRange(min=1), help="How many may start together after a pause. [default: 1]")
 @click.option("--concurrency", type=click.IntRange(min=1), help="How many jobs run at a time.")
 @click.option("--budget", metavar="BUDGET", help="How much handlers may spend: '100000 tokens/1d', '20 usd/h'.")
 @reason_option
@@ -63,6 +68,7 @@ Examples:
 def set_(
     selectors: tuple[str, ...],
     run: str | None,
+    stage: str | None,
     rate: str | None,
     burst: int | None,
     concurrency: int | None,
@@ -73,7 +79,8 @@ def set_(
 ) -> None:
     """Limit jobs with these tags, for all workers on all machines together.
 
-    A job over the limit waits in the store, not in a worker, and loses no attempt. Several limits may be given, and
+    A job counts in every stage that it goes through: if only one of them calls the target, name that with --stage. A
+    job over the limit waits in the store, not in a worker, and loses no attempt. Several limits may be given, and
     all are kept. Set again for the same tags, it replaces the limits; what is spent stays spent. A budget counts what
     handlers report by job.spend(amount, unit); its first period begins when it is set.
     """
@@ -88,28 +95,37 @@ def set_(
         "concurrency": concurrency,
         "budget": Budget.parse(budget) if budget is not None else None,
     }
-    _set(selector, run, limits, reason, dry_run, as_json)
+    _set(selector, run, stage, limits, reason, dry_run, as_json)
 
 
 def _set(
-    selector: dict[str, str], run: str | None, limits: dict[str, Any], reason: str, dry_run: bool, as_json: bool
+    selector: dict[str, str],
+    run: str | None,
+    stage: str | None,
+    limits: dict[str, Any],
+    reason: str,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from pipeline_app.control import holds, throttles
     from pipeline_app.control.operators import actor
 
+    throttles.check_task(stage)
     with connection(write=not dry_run) as rt:
         run = run_name(rt, run)
-        matching = holds.matching(rt, selector=selector, run=run)
-        before = _in_force(rt, selector, run)
+        matching = holds.matching(rt, selector=selector, run=run, stage=stage)
+        before = next(iter(_meant(rt, selector, run, stage)), None)
         if not as_json:
-            echo_jobs_meant(f"limits {jobs_meant(selector, run)} to {limits_of(_as_row(limits))}", matching)
+            which = jobs_meant(selector, run, stage)
+            echo_jobs_meant(f"limits {which} to {limits_of(_as_row(limits))}", matching)
             if before is not None:
                 click.echo(f"replaces {limits_of(before)} ({before['throttle']})")
         if dry_run:
-            said = {**_as_row(limits), "run": run, "selector": selector, "reason": reason, "actor": actor()}
-            row = {**(before or _NOTHING_YET), **said}
+            said = {**_as_row(limits), "run": run, "stage": stage, "selector": selector, "reason": reason}
+            row = {**(before or _NOTHING_YET), **said, "actor": actor()}
         else:
-            row = throttles.set_throttle(rt, selector=selector, run=run, **limits, reason=reason, actor=actor())
+            about: dict[str, Any] = {"selector": selector, "run": run, "stage": stage, "reason": reason}
+            row = throttles.set_throttle(rt, **about, **limits, actor=actor())
     if as_json:
         echo_json({**row, "matching": matching, "dry_run": dry_run})
     elif dry_run:
@@ -144,18 +160,14 @@ def limits_of(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _in_force(rt: Runtime, selector: dict[str, str], run: str | None) -> dict[str, Any] | None:
-    """The throttle for exactly these jobs."""
-    rows = _meant(rt, selector, run)
-    return next((row for row in rows if row["selector"] == selector), None)
-
-
-def _meant(rt: Runtime, selector: dict[str, str], run: str | None) -> list[dict[str, Any]]:
-    """Those for exactly this selector, or, without one, all that were set for a run; its order by priority is none."""
+def _meant(rt: Runtime, selector: dict[str, str], run: str | None, stage: str | None) -> list[dict[str, Any]]:
+    """The one for exactly this, or, without a selector, all that were set for a run; its order by priority is none."""
     from pipeline_app.control import throttles
 
     rows = [row for row in throttles.listing(rt, run) if row["run"] == run]
-    return [row for row in rows if (row["selector"] == selector if selector else row["selector"])]
+    if not selector:
+        return [row for row in rows if row["selector"]]
+    return [row for row in rows if row["selector"] == selector and row["stage"] == stage]
 
 
 @throttle.command(
@@ -168,13 +180,16 @@ Examples:
 @click.argument("throttle", required=False)
 @selector_option(required=False)
 @only_run_option
+@stage_option
 @dry_run_option
 @json_option
-def clear(throttle: str | None, selectors: tuple[str, ...], run: str | None, dry_run: bool, as_json: bool) -> None:
+def clear(
+    throttle: str | None, selectors: tuple[str, ...], run: str | None, stage: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Take a limit away; jobs that wait for it go on.
 
-    THROTTLE is an id of "throttle list". --selector and --run name it as they did when it was set: without --run, the
-    one for all runs; --run alone, all throttles of that run.
+    THROTTLE is an id of "throttle list". --selector, --run and --stage name it as they did when it was set: without
+    --run, the one for all runs; --run alone, all throttles of that run.
     """
     from pipeline_app.control import throttles
 
@@ -188,12 +203,12 @@ def clear(throttle: str | None, selectors: tuple[str, ...], run: str | None, dry
         if throttle is not None:
             rows = [row for row in throttles.listing(rt) if row["throttle"] == throttle]
         else:
-            rows = _meant(rt, selector, run)
+            rows = _meant(rt, selector, run, stage)
         if not rows:
-            meant = throttle or jobs_meant(selector, run)
+            meant = throttle or jobs_meant(selector, run, stage)
             raise NotFoundError(f"there is no throttle: {meant}", hint="pipeline-app throttle list shows what there is")
         for row in rows if not as_json else ():
-            where = jobs_meant(row["selector"], row["run"])
+            where = jobs_meant(row["selector"], row["run"], row["stage"])
             waiting = plural(row["waiting_jobs"], "job")
             click.echo(f"takes {limits_of(row)} from {where} ({row['throttle']}): {waiting} waiting")
         if not dry_run:
@@ -234,7 +249,7 @@ def list_(run: str | None, as_json: bool) -> None:
     lines = [
         [
             row["throttle"],
-            jobs_meant(row["selector"], row["run"]),
+            jobs_meant(row["selector"], row["run"], row["stage"]),
             limits_of(row),
             row["waiting_jobs"],
             row["running"] if row["concurrency"] else None,
