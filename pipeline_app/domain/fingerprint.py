@@ -26,7 +26,9 @@ _STANDARD_LIBRARY = {PurePath(sysconfig.get_path(name)) for name in ("stdlib", "
 
 # Every alternative takes what it looked at, or begins only where a word begins, or gives up at a bounded distance; and
 # none can take the same text in two ways. So the time is linear in the length, whatever a message holds. They stand in
-# the order of their precedence. A quote that is never closed goes to the end: programs cut the values they quote.
+# the order of their precedence. Only single characters are repeated possessively: Python before 3.11.5 gets groups
+# wrong, and those here have nothing to go back to. A quote that is never closed goes to the end: programs cut the
+# values they quote.
 _URL = (
     r"(?P<url>(?<![A-Za-z])[A-Za-z][A-Za-z0-9+.]{0,20}+://(?:[^\s/?#@'\"]{0,200}@)?"
     r"(?P<host>\[[\w:.]{0,60}\]|[\w.-]{0,255}+)[^\s'\"<>]*+)"
@@ -35,8 +37,8 @@ _VARYING = re.compile(
     "|".join(
         (
             # Quoted. A single quote inside of a word is an apostrophe, and one after a backslash belongs to a value.
-            r"(?P<single>(?<![\w\\])[bBrRuU]{0,2}'(?:[^'\\]|\\.|(?<=\w)'(?=\w))*+(?:'|\\?\Z))",
-            r'(?P<double>(?:(?<![\w\\])[bBrRuU]{1,2}|(?<!\\))"(?:[^"\\]|\\.)*+(?:"|\\?\Z))',
+            r"(?P<single>(?<![\w\\])[bBrRuU]{0,2}'(?:[^'\\]|\\.|(?<=\w)'(?=\w))*(?:'|\\?\Z))",
+            r'(?P<double>(?:(?<![\w\\])[bBrRuU]{1,2}|(?<!\\))"(?:[^"\\]|\\.)*(?:"|\\?\Z))',
             r"`[^`]*+(?:`|\Z)",
             r"[“„][^“”]*+(?:[“”]|\Z)",
             r"‘[^’]*+(?:’|\Z)",
@@ -46,7 +48,7 @@ _VARYING = re.compile(
             r"(?<![\w.+-])[\w.+-]++@[\w.-]++",
             # Paths: from a root, a drive or a dot; relative ones if they have two slashes, or one and an extension.
             r"(?<![\w/\\.~])(?:[A-Za-z]:[\\/]|\\\\|~?/(?=[^\s/])|\.{1,2}/)[^\s'\"`<>|,;:()\[\]{}]*+",
-            r"(?<![\w/.-])(?:[\w.-]++/){2,}+[\w.-]*+",
+            r"(?<![\w/.-])(?:[\w.-]++/){2,}[\w.-]*+",
             r"(?<![\w/.-])[\w.-]++/[\w-]++\.\w++",
             # Ids: UUIDs; IPv6 and MAC addresses; hexadecimal ones, even without a digit; and what is joined to
             # letters and digits side by side, as in base64.
@@ -64,7 +66,7 @@ _VARYING = re.compile(
 )
 _URL_ALONE = re.compile(r"[bBrRuU]{0,2}['\"]" + _URL)
 #: Values beside each other count as one: lists of any length, the parts of a time, an address and its port.
-_ROW = re.compile(r"\*(?:[-+.,:;=/ ]*+\*)++")
+_ROW = re.compile(r"\*(?:[-+.,:;=/ ]*+\*)+")
 
 
 def group_of(type_name: str, message: str, frame: str | None) -> str:

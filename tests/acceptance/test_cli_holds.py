@@ -36,6 +36,7 @@ THROTTLE = {
     "concurrency",
     "budget",
     "ordered",
+    "stage",
     "reason",
     "actor",
     "created_at",

@@ -316,12 +316,15 @@ def test_a_cancelled_run_starts_nothing_any_more(project: Project) -> None:
     project.seed("r1", [*jobs(5), {"job_id": "late", "payload": {"n": 9}, "delay_s": 3600}])
 
     # When the run is cancelled, without a terminal to ask
+    would = project.json("run", "cancel", "r1", "--dry-run")
+    assert would == {"run": "r1", "matched": 6, "cancelled": 0, "dry_run": True}
+    assert project.json("run", "status", "r1")["state"] == "active"
     cancelled = project.json("run", "cancel", "r1")
 
     # Then all of them are, and waiting ends
-    assert cancelled == {"run": "r1", "cancelled": 6}
+    assert cancelled == {"run": "r1", "matched": 6, "cancelled": 6, "dry_run": False}
     assert project.json("run", "wait", "r1", "--strict")["states"]["cancelled"] == 6
-    assert project.json("run", "cancel", "r1") == {"run": "r1", "cancelled": 0}
+    assert project.json("run", "cancel", "r1")["cancelled"] == 0
     # and a worker runs none of them
     with project.worker() as worker:
         worker.wait_for(lambda: any(row["state"] == "running" for row in project.json("workers")))
@@ -346,7 +349,7 @@ def test_cancel_asks_at_a_terminal(project: Project) -> None:
     assert process.returncode == 1
     assert "cancel run r1 with 2 jobs that are not done?" in err
     assert "nothing was cancelled" in err
-    assert out == ""
+    assert out == "cancels run r1: 2 jobs not done\n"
     assert project.json("run", "status", "r1")["states"]["pending"] == 2
 
 

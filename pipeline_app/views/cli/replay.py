@@ -253,15 +253,16 @@ Examples:
   pipeline-app replay pause r-69d2f0a1c4b5e6f708192a3b""",
 )
 @click.argument("operation", metavar="REPLAY")
+@dry_run_option
 @json_option
-def pause(operation: str, as_json: bool) -> None:
+def pause(operation: str, dry_run: bool, as_json: bool) -> None:
     """Stop REPLAY for now.
 
     Jobs that it released already go on; "replay resume" lets it go on with the others.
     """
     from pipeline_app.control import replay as control
 
-    _change("paused", control.pause, operation, as_json)
+    _change("paused", control.show if dry_run else control.pause, operation, dry_run, as_json)
 
 
 @replay.command(
@@ -270,15 +271,16 @@ Examples:
   pipeline-app replay resume r-69d2f0a1c4b5e6f708192a3b""",
 )
 @click.argument("operation", metavar="REPLAY")
+@dry_run_option
 @json_option
-def resume(operation: str, as_json: bool) -> None:
+def resume(operation: str, dry_run: bool, as_json: bool) -> None:
     """Let REPLAY go on that was paused or that halted.
 
     Its ramp begins anew, and so does the count of failures after which it halts.
     """
     from pipeline_app.control import replay as control
 
-    _change("resumed", control.resume, operation, as_json)
+    _change("resumed", control.show if dry_run else control.resume, operation, dry_run, as_json)
 
 
 @replay.command(
@@ -287,22 +289,28 @@ Examples:
   pipeline-app replay cancel r-69d2f0a1c4b5e6f708192a3b""",
 )
 @click.argument("operation", metavar="REPLAY")
+@dry_run_option
 @json_option
-def cancel(operation: str, as_json: bool) -> None:
+def cancel(operation: str, dry_run: bool, as_json: bool) -> None:
     """End REPLAY before its end.
 
     Jobs that it released already go on; the others stay as they are.
     """
     from pipeline_app.control import replay as control
 
-    _change("cancelled", control.cancel, operation, as_json)
+    _change("cancelled", control.show if dry_run else control.cancel, operation, dry_run, as_json)
 
 
-def _change(done: str, do: Callable[[Runtime, str], dict[str, Any]], operation: str, as_json: bool) -> None:
-    with connection(write=True) as rt:
+def _change(
+    done: str, do: Callable[[Runtime, str], dict[str, Any]], operation: str, dry_run: bool, as_json: bool
+) -> None:
+    with connection(write=not dry_run) as rt:
         row = do(rt, operation)
     if as_json:
-        echo_json(row)
+        echo_json({**row, "dry_run": dry_run})
         return
-    left = row["matched"] - row["released"] - row["skipped"]
-    click.echo(f"{done} replay {row['operation']} of run {row['run']}: {numbers(row)}; {plural(left, 'job')} not yet")
+    left = max(0, row["matched"] - row["released"] - row["skipped"])
+    what = f"would be {done}: replay" if dry_run else f"{done} replay"
+    click.echo(f"{what} {row['operation']} of run {row['run']}: {numbers(row)}; {plural(left, 'job')} not yet")
+    if dry_run:
+        echo_nothing_changed()

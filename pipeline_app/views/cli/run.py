@@ -27,6 +27,7 @@ from pipeline_app.views.cli.render import (
     plural,
     width,
 )
+from pipeline_app.views.cli.targets import dry_run_option, echo_nothing_changed
 from pipeline_app.views.cli.verify import verify
 from pipeline_app.views.cli.watch import status, wait, watch
 
@@ -240,12 +241,14 @@ run.add_command(verify)
     epilog="""\b
 Examples:
   pipeline-app run cancel books-1
+  pipeline-app run cancel books-1 --dry-run
   pipeline-app run cancel last --yes --json""",
 )
 @run_argument
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@dry_run_option
 @json_option
-def cancel(run: str, yes: bool, as_json: bool) -> None:
+def cancel(run: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Cancel RUN: no job of it starts any more.
 
     Jobs that went through all stages stay as they are, and so do dead letters. What a handler does that runs at this
@@ -254,14 +257,19 @@ def cancel(run: str, yes: bool, as_json: bool) -> None:
     """
     from pipeline_app.control.status import status as ask
 
-    with connection(write=True) as rt:
+    with connection(write=not dry_run) as rt:
         found = ask(rt, run, queues=False)
         open_jobs = found.seeded - found.at_rest
+        if not as_json:
+            click.echo(f"cancels run {found.run}: {plural(open_jobs, 'job')} not done")
         question = f"cancel run {found.run} with {plural(open_jobs, 'job')} that are not done?"
-        if not (yes or as_json) and sys.stdin.isatty() and not click.confirm(question, err=True):
+        asks = not (yes or as_json or dry_run) and sys.stdin.isatty()
+        if asks and not click.confirm(question, err=True):
             raise RefusedError("nothing was cancelled")
-        moved = cancel_run(rt, found.run)
+        moved = 0 if dry_run else cancel_run(rt, found.run)
     if as_json:
-        echo_json({"run": found.run, "cancelled": moved})
+        echo_json({"run": found.run, "matched": open_jobs, "cancelled": moved, "dry_run": dry_run})
+    elif dry_run:
+        echo_nothing_changed()
     else:
         click.echo(f"cancelled run {found.run}: {plural(moved, 'job')}")
