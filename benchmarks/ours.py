@@ -6,7 +6,8 @@ import sys
 import time
 
 from pipeline_app.application import client_runtime
-from pipeline_app.control import runs, seeding
+from pipeline_app.control import runs
+from pipeline_app.control.seed import seeding
 
 
 def main() -> None:

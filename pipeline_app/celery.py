@@ -15,8 +15,8 @@ from celery import signals
 
 from pipeline_app import settings as settings_module
 from pipeline_app.application import load_pipelines, make_celery, prepare
-from pipeline_app.control.pacing import pacing
-from pipeline_app.control.sweep import sweep
+from pipeline_app.control.duties.pacing import pacing
+from pipeline_app.control.duties.sweep import sweep
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.consume import Flow, StageRequest, worker_stops
 from pipeline_app.flow.lifeline import Shared

@@ -37,9 +37,9 @@ from pipeline_app.api.steering import (
     throttle,
     throttles,
 )
-from pipeline_app.control.seeding import Seeded
-from pipeline_app.control.status import Status
-from pipeline_app.control.verify import Verification
+from pipeline_app.control.accounts.verify import Verification
+from pipeline_app.control.seed.seeding import Seeded
+from pipeline_app.control.sight.status import Status
 
 __all__ = [
     "Seeded",

@@ -10,12 +10,13 @@ import celery
 from pipeline_app.api.connection import connected
 from pipeline_app.application import prepare
 from pipeline_app.control import results as control_results
-from pipeline_app.control import runs, seeding
-from pipeline_app.control import status as control_status
-from pipeline_app.control import verify as control_verify
-from pipeline_app.control.seeding import Seeded
-from pipeline_app.control.status import Status
-from pipeline_app.control.verify import Verification
+from pipeline_app.control import runs
+from pipeline_app.control.accounts import verify as control_verify
+from pipeline_app.control.accounts.verify import Verification
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.seed.seeding import Seeded
+from pipeline_app.control.sight import status as control_status
+from pipeline_app.control.sight.status import Status
 from pipeline_app.domain.job import JobLine
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.flow.forward import task_name

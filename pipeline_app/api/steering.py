@@ -13,11 +13,13 @@ from typing import Any, Final
 
 from pipeline_app.api.connection import connected
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, ledger, moving, pauses
-from pipeline_app.control import holds as control_holds
-from pipeline_app.control import replay as control_replay
-from pipeline_app.control import throttles as control_throttles
+from pipeline_app.control.changes import cancelling, moving
 from pipeline_app.control.operators import actor
+from pipeline_app.control.replays import replay as control_replay
+from pipeline_app.control.sight import ledger
+from pipeline_app.control.targets import holds as control_holds
+from pipeline_app.control.targets import pauses
+from pipeline_app.control.targets import throttles as control_throttles
 from pipeline_app.domain.durations import seconds
 from pipeline_app.domain.edit import Edit
 from pipeline_app.domain.pace import Pace

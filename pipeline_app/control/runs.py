@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline_app.control.status import Status, status
+from pipeline_app.control.sight.status import Status, status
 from pipeline_app.domain.job import check_run_name
 from pipeline_app.domain.pipeline import Pipeline, signatures
 from pipeline_app.domain.plan import RunPlan

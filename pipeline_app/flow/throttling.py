@@ -1,7 +1,7 @@
 """Leave to run jobs under throttles that all workers share. Called by handle, for each job that has passed the gates.
 
 A worker asks for a block of slots at a time and waits for each of them at most a moment; a job whose turn is further
-away goes back into the store, and the pacing lets it go in time (`control/throttle_release.py`).
+away goes back into the store, and the pacing lets it go in time (`control/duties/throttle_release.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What accounting reads of a run, all of it as it was at one instant, and the corrections that a repair adds.
 
 Every question goes through the collections in the order of their `_id`s, in pages: memory does not grow with the run.
-Who calls: `control/verify.py` and what it is made of.
+Who calls: `control/accounts/verify.py` and what it is made of.
 """
 
 from __future__ import annotations

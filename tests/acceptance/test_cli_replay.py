@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline_app.control import replay
-from pipeline_app.control.status import status
+from pipeline_app.control.replays import replay
+from pipeline_app.control.sight.status import status
 from pipeline_app.views.cli.main import app
 from tests.acceptance.test_cli_runs import error
 from tests.integration.helpers import everything

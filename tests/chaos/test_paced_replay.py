@@ -14,7 +14,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from pipeline_app.control.status import status
+from pipeline_app.control.sight.status import status
 from tests.project import Project, eventually
 from tests.provider import BROKEN, OK, Provider, middle, rate, window_rates
 

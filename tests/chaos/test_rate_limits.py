@@ -13,7 +13,7 @@ from statistics import median
 
 import pytest
 
-from pipeline_app.control.hold_release import PROBES
+from pipeline_app.control.duties.hold_release import PROBES
 from tests.project import Project
 from tests.provider import LIMITED, OK, Log, Provider, closings, per_second, rate
 

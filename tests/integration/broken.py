@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.control.verify import Verification
+from pipeline_app.control.accounts.verify import Verification
 from pipeline_app.domain.hint import Hint
 from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime

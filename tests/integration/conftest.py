@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline_app.control import paging
+from pipeline_app.control.seed import paging
 from pipeline_app.flow.consume import Flow
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import accounts

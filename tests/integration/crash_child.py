@@ -15,8 +15,10 @@ from typing import Any
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import make_celery
-from pipeline_app.control import cancelling, moving, paging, seeding, sweep
-from pipeline_app.control.verify import verify
+from pipeline_app.control.accounts.verify import verify
+from pipeline_app.control.changes import cancelling, moving
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.seed import paging, seeding
 from pipeline_app.domain.hint import Hint
 from pipeline_app.domain.selection import Selection
 from pipeline_app.errors import DuplicateJobError

@@ -13,8 +13,9 @@ from kombu import Connection
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import runs, seeding
-from pipeline_app.control.verify import Verification, verify
+from pipeline_app.control import runs
+from pipeline_app.control.accounts.verify import Verification, verify
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.hint import Hint
 from pipeline_app.domain.states import MessageState
 from pipeline_app.flow import claim

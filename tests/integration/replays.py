@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline_app import PermanentError, Pipeline
-from pipeline_app.control import replay, replaying
+from pipeline_app.control.duties import replaying
+from pipeline_app.control.replays import replay
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime

@@ -9,10 +9,12 @@ import pytest
 
 from pipeline_app import Retry, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, holds, pauses, seeding, selecting
-from pipeline_app.control.ledger import events
-from pipeline_app.control.status import status
-from pipeline_app.control.why import why
+from pipeline_app.control.changes import cancelling, selecting
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight.ledger import events
+from pipeline_app.control.sight.status import status
+from pipeline_app.control.sight.why import why
+from pipeline_app.control.targets import holds, pauses
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState, MessageState
 from pipeline_app.errors import NotFoundError

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from celery.exceptions import WorkerLostError
 
 from pipeline_app import Stage
-from pipeline_app.control import sweep
+from pipeline_app.control.duties import sweep
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.outcome import AttemptOutcome
 from pipeline_app.domain.states import JobState

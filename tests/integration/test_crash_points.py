@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from pipeline_app.application import prepare
-from pipeline_app.control import runs, seeding, sweep
+from pipeline_app.control import runs
+from pipeline_app.control.accounts.verify import verify
+from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
-from pipeline_app.control.verify import verify
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import manifests, messages

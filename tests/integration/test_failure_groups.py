@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 
 from pipeline_app import PermanentError, Retry, Stage
-from pipeline_app.control import ledger, sweep
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.sight import ledger
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import NotFoundError
 from pipeline_app.runtime import Runtime

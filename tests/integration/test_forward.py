@@ -14,7 +14,9 @@ from kombu import Connection, Queue
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import runs, seeding, sweep
+from pipeline_app.control import runs
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.job import idempotency_key
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.errors import BrokerError

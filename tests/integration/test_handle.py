@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline_app import Job, PermanentError, Retry, Stage
-from pipeline_app.control import sweep
-from pipeline_app.control.ledger import failures
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.sight.ledger import failures
 from pipeline_app.domain.states import DeadKind, JobState
 from pipeline_app.flow.consume import ChunkFailedError
 from pipeline_app.runtime import Runtime

@@ -10,7 +10,10 @@ import pytest
 
 from pipeline_app import Job, Pipeline, RateLimited, Retry, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import hold_release, holds, paging, pauses, runs, seeding, throttle_release
+from pipeline_app.control import runs
+from pipeline_app.control.duties import hold_release, throttle_release
+from pipeline_app.control.seed import paging, seeding
+from pipeline_app.control.targets import holds, pauses
 from pipeline_app.errors import DuplicateJobError, NotFoundError, UsageError
 from pipeline_app.flow.consume import Flow
 from pipeline_app.flow.lifeline import FLAGS

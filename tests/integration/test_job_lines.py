@@ -8,8 +8,10 @@ import pytest
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import runs, seeding, sweep
+from pipeline_app.control import runs
+from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
+from pipeline_app.control.seed import seeding
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters
 from tests.integration.helpers import (

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline_app import Job, Pipeline, Retry, Stage
-from pipeline_app.control import cancelling, holds, moving, sweep
-from pipeline_app.control.ledger import events
+from pipeline_app.control.changes import cancelling, moving
+from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
-from pipeline_app.control.why import why
+from pipeline_app.control.sight.ledger import events
+from pipeline_app.control.sight.why import why
+from pipeline_app.control.targets import holds
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline_app.application import prepare
 from pipeline_app.control import runs
-from pipeline_app.control.ledger import failures
+from pipeline_app.control.sight.ledger import failures
 from pipeline_app.domain.states import DeadKind
 from pipeline_app.runtime import Runtime
 from tests.integration.helpers import attempts, job, outcomes, prove

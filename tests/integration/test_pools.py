@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline_app.application import prepare
-from pipeline_app.control import runs, seeding
+from pipeline_app.control import runs
 from pipeline_app.control.results import results
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.states import DeadKind
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages

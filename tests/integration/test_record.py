@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline_app import Stage
-from pipeline_app.control import sweep
+from pipeline_app.control.duties import sweep
 from pipeline_app.domain.outcome import AttemptOutcome, Move, Outcome
 from pipeline_app.domain.states import JobState
 from pipeline_app.flow import claim, record

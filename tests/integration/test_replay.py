@@ -9,8 +9,13 @@ import pytest
 
 from pipeline_app import PermanentError, Pipeline, Retry, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, holds, ledger, replay, replaying, seeding
+from pipeline_app.control.changes import cancelling
+from pipeline_app.control.duties import replaying
+from pipeline_app.control.replays import replay
 from pipeline_app.control.results import results
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight import ledger
+from pipeline_app.control.targets import holds
 from pipeline_app.domain.edit import Edit
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline_app import Stage
-from pipeline_app.control import pacing, replay, replaying, sweep
+from pipeline_app.control.duties import pacing, replaying, sweep
+from pipeline_app.control.replays import replay
 from pipeline_app.domain.pace import Pace
 from pipeline_app.errors import NotFoundError, RefusedError, StoreError
 from pipeline_app.runtime import Runtime

@@ -15,9 +15,12 @@ import pytest
 
 from pipeline_app import Pipeline, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, runs, seeding, sweep
+from pipeline_app.control import runs
+from pipeline_app.control.changes import cancelling
+from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
-from pipeline_app.control.status import status
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight.status import status
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.states import MessageState
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, NotFoundError, RefusedError
@@ -182,7 +185,7 @@ def test_two_seeders_at_once(project: Project, rt: Runtime, chosen: Pipeline) ->
 
 SEEDER = """
 import json, sys, time
-from pipeline_app.control import paging, seeding
+from pipeline_app.control.seed import paging, seeding
 from tests.integration.test_seeding import seeder_runtime
 
 paging.PAGE = 10

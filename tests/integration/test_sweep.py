@@ -6,8 +6,8 @@ from collections import Counter
 from datetime import timedelta
 
 from pipeline_app import Pipeline, Retry, Stage
-from pipeline_app.control import sweep
-from pipeline_app.control.status import status
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.sight.status import status
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.states import DeadKind, JobState
 from pipeline_app.flow.give_back import give_back

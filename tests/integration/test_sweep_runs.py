@@ -9,8 +9,11 @@ import pytest
 
 from pipeline_app import Job, Pipeline, Retry, Stage
 from pipeline_app.application import prepare
-from pipeline_app.control import cancelling, runs, seeding, sweep
-from pipeline_app.control.status import status
+from pipeline_app.control import runs
+from pipeline_app.control.changes import cancelling
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight.status import status
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import StoreError

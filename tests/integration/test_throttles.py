@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline_app import Job, Pipeline, Stage
-from pipeline_app.control import hold_release, throttle_release, throttles
+from pipeline_app.control.duties import hold_release, throttle_release
+from pipeline_app.control.targets import throttles
 from pipeline_app.domain.rates import Budget, Rate
 from pipeline_app.errors import NotFoundError, UsageError
 from pipeline_app.flow.consume import Flow

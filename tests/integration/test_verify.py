@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.control import cancelling, seeding, sweep
-from pipeline_app.control.verify import repaired, verify
+from pipeline_app.control.accounts.verify import repaired, verify
+from pipeline_app.control.changes import cancelling
+from pipeline_app.control.duties import sweep
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline_app import PermanentError, Stage
-from pipeline_app.control import hints as hints_module
-from pipeline_app.control import sweep
-from pipeline_app.control.verify import Verification, repaired, verify
+from pipeline_app.control.accounts import hints as hints_module
+from pipeline_app.control.accounts.verify import Verification, repaired, verify
+from pipeline_app.control.duties import sweep
 from pipeline_app.domain.states import MessageState
 from pipeline_app.errors import BrokerError
 from pipeline_app.flow.forward import publish

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from pipeline_app.application import prepare
-from pipeline_app.control import seeding
 from pipeline_app.control.results import results
-from pipeline_app.control.status import status
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight.status import status
 from pipeline_app.domain.states import DeadKind
 from pipeline_app.runtime import Runtime
 from pipeline_app.transport.depth import depths

@@ -9,7 +9,7 @@ import pytest
 from kombu import Connection, Producer
 
 from pipeline_app.application import prepare
-from pipeline_app.control.status import status
+from pipeline_app.control.sight.status import status
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
 from pipeline_app.transport.depth import depths

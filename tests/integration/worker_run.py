@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline_app.control import runs, seeding
-from pipeline_app.control.status import Status
+from pipeline_app.control import runs
+from pipeline_app.control.seed import seeding
+from pipeline_app.control.sight.status import Status
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
 from tests.project import Project

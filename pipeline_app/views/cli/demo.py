@@ -32,8 +32,8 @@ from pipeline_app.views.cli.services import Provided, provide
 from pipeline_app.views.cli.verify import echo_verification
 
 if TYPE_CHECKING:
-    from pipeline_app.control.status import Status
-    from pipeline_app.control.verify import Verification
+    from pipeline_app.control.accounts.verify import Verification
+    from pipeline_app.control.sight.status import Status
     from pipeline_app.domain.pipeline import Pipeline
     from pipeline_app.runtime import Runtime
 
@@ -130,9 +130,11 @@ def _readable(jobs: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _survey(
     rt: Runtime, survey: Pipeline, jobs: Iterator[dict[str, Any]], tell: Callable[[str], None], *, silent: bool
 ) -> _Result:
-    from pipeline_app.control import ledger, runs, seeding
-    from pipeline_app.control.status import status as ask
-    from pipeline_app.control.verify import verify
+    from pipeline_app.control import runs
+    from pipeline_app.control.accounts.verify import verify
+    from pipeline_app.control.seed import seeding
+    from pipeline_app.control.sight import ledger
+    from pipeline_app.control.sight.status import status as ask
 
     run = f"demo-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     with _workers(survey, tell) as check:

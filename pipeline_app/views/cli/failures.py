@@ -48,7 +48,7 @@ def failures(
     Errors are alike if they have the same stage, type, place in the code, and message without what varies in it
     (numbers, quoted texts, ids, paths, addresses; the host of a URL counts).
     """
-    from pipeline_app.control import ledger
+    from pipeline_app.control.sight import ledger
 
     if grouped and (job_id is not None or group is not None):
         raise UsageError("--grouped lists groups, not jobs", hint="leave out --job and --error, or --grouped")

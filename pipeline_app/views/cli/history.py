@@ -35,7 +35,7 @@ def attempts(run: str, job_id: str | None, stage: str | None, limit: int, as_jso
 
     The last ones, the oldest of them first: how each ended, how long it took, where, with which error.
     """
-    from pipeline_app.control import ledger
+    from pipeline_app.control.sight import ledger
 
     with connection() as rt:
         found = ledger.attempts(rt, run, job_id=job_id, stage=stage, limit=limit)
@@ -81,7 +81,7 @@ def events(run: str, job_id: str | None, stage: str | None, limit: int, as_json:
     The last ones, the oldest of them first: one for each message and step, with the jobs that it concerned. With
     --json: an object in a line for each.
     """
-    from pipeline_app.control import ledger
+    from pipeline_app.control.sight import ledger
 
     with connection() as rt:
         found = ledger.events(rt, run, job_id=job_id, stage=stage, limit=limit)

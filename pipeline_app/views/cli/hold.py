@@ -58,8 +58,8 @@ def set_(
     lose no attempt, and go on by themselves when the hold ends: a few first, to see whether the target is open. Set
     again for the same tags, it replaces the time and the reason. It does not ask: "hold clear" takes it back.
     """
-    from pipeline_app.control import holds
     from pipeline_app.control.operators import actor
+    from pipeline_app.control.targets import holds
 
     selector = parse_selector(selectors)
     ends = time_to_come(until, datetime.now(UTC)) if until is not None else None
@@ -83,7 +83,7 @@ def set_(
 
 def _would_be(rt: Runtime, selector: dict[str, str], run: str | None, **said: Any) -> dict[str, Any]:
     """The hold that setting it would make, or the one in force that it would change."""
-    from pipeline_app.control import holds
+    from pipeline_app.control.targets import holds
 
     here = (row for row in holds.listing(rt, run) if row["run"] == run and row["selector"] == selector)
     nothing = {"hold": None, "held_jobs": 0, "created_at": None, "closings": 0}
@@ -124,7 +124,7 @@ def clear(
     one for all runs; --run alone, all holds of that run. A few of the held jobs go first; if the target still refuses
     them it is closed again, else the others follow, more and more.
     """
-    from pipeline_app.control import holds
+    from pipeline_app.control.targets import holds
 
     selector = parse_selector(selectors)
     if (hold is None) == (not selector and run is None):
@@ -147,7 +147,7 @@ def clear(
 
 def _chosen(rt: Runtime, hold: str | None, selector: dict[str, str], run: str | None) -> list[dict[str, Any]]:
     """The holds in force that are meant. Raises NotFoundError."""
-    from pipeline_app.control import holds
+    from pipeline_app.control.targets import holds
 
     if hold is not None:
         if hold.startswith("p-"):
@@ -207,7 +207,7 @@ def list_(run: str | None, ended: bool, as_json: bool) -> None:
 
 def _all_closed(rt: Runtime, run: str | None, ended: bool) -> list[dict[str, Any]]:
     """Holds and pauses in one shape: whoever looks wants to know what stands still, whatever it is called."""
-    from pipeline_app.control import holds, pauses
+    from pipeline_app.control.targets import holds, pauses
 
     rows = [{**row, "kind": "hold", "partition": None} for row in holds.listing(rt, run, ended=ended)]
     rows += [

@@ -39,7 +39,7 @@ def job(run: str, job_id: str, as_json: bool) -> None:
 
     Where it stands, its timeline, what each stage made of it, and its last error.
     """
-    from pipeline_app.control import ledger
+    from pipeline_app.control.sight import ledger
 
     with connection() as rt:
         found = ledger.job(rt, run, job_id)
@@ -136,7 +136,7 @@ def why(run: str, job_id: str, as_json: bool) -> None:
 
     In words: why JOB in RUN is where it is, and what to do if anything is to be done.
     """
-    from pipeline_app.control.why import why as ask
+    from pipeline_app.control.sight.why import why as ask
 
     with connection() as rt:
         found = ask(rt, run, job_id)

@@ -19,7 +19,7 @@ from pipeline_app.views.cli.render import echo_json, one_line, plural
 from pipeline_app.views.cli.targets import dry_run_option, echo_nothing_changed, partition_option, selector_option
 
 if TYPE_CHECKING:
-    from pipeline_app.control.selecting import Progress
+    from pipeline_app.control.changes.selecting import Progress
     from pipeline_app.runtime import Runtime
 
 #: States that a command here may choose by; `pending` are also those that run.
@@ -78,7 +78,7 @@ def cancel(run: str, yes: bool, dry_run: bool, as_json: bool, **filters: Any) ->
     moment, what that did is not recorded, and if all jobs of its message were cancelled it is stopped once the grace
     of its stage is over. A run that was cancelled as a whole cannot be taken up again; single jobs can be replayed.
     """
-    from pipeline_app.control import cancelling
+    from pipeline_app.control.changes import cancelling
     from pipeline_app.control.operators import actor
 
     selection = _selection(**filters)
@@ -100,8 +100,8 @@ def cancel(run: str, yes: bool, dry_run: bool, as_json: bool, **filters: Any) ->
 
 def cancel_run(rt: Runtime, run: str) -> int:
     """Cancel a run; how many of its jobs became cancelled: the sweep of a worker moves some of them, too."""
-    from pipeline_app.control.cancelling import cancel as do
-    from pipeline_app.control.status import status
+    from pipeline_app.control.changes.cancelling import cancel as do
+    from pipeline_app.control.sight.status import status
 
     before = status(rt, run, queues=False).states["cancelled"]
     do(rt, run)
@@ -129,7 +129,7 @@ def move(run: str, to: str, yes: bool, dry_run: bool, as_json: bool, **filters: 
     gets what a later one was to get ("replay start --from-stage" begins again with that stage's own input). Jobs whose
     handler runs stay where they are. Jobs that are held or wait for a time go on waiting for the same.
     """
-    from pipeline_app.control import moving
+    from pipeline_app.control.changes import moving
     from pipeline_app.control.operators import actor
 
     selection = _selection(**filters)
@@ -169,7 +169,7 @@ def priority(run: str, priority: int, yes: bool, dry_run: bool, as_json: bool, *
     unless they say otherwise. From the first change on, jobs of RUN wait for their turn in the store: what is in a
     queue already is put in order, too, when a worker takes it.
     """
-    from pipeline_app.control import moving
+    from pipeline_app.control.changes import moving
     from pipeline_app.control.operators import actor
 
     selection = _selection(**filters)
@@ -188,7 +188,7 @@ def priority(run: str, priority: int, yes: bool, dry_run: bool, as_json: bool, *
 
 def _name(rt: Runtime, run: str) -> str:
     """The run's own name, for `last`. Raises NotFoundError."""
-    from pipeline_app.control.ledger import find_plan
+    from pipeline_app.control.sight.ledger import find_plan
 
     return find_plan(rt, run).run
 

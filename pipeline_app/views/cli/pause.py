@@ -45,9 +45,9 @@ def pause(run: str, stage: str | None, partition: str | None, reason: str, dry_r
     restarts of everything, until "resume" names the same place. "hold list" shows what is paused. It does not ask:
     nothing is lost.
     """
-    from pipeline_app.control import pauses
     from pipeline_app.control.operators import actor
-    from pipeline_app.control.standing import standing
+    from pipeline_app.control.sight.standing import standing
+    from pipeline_app.control.targets import pauses
 
     with connection(write=not dry_run) as rt:
         run = _name(rt, run, stage)
@@ -68,7 +68,7 @@ def pause(run: str, stage: str | None, partition: str | None, reason: str, dry_r
 
 def _name(rt: Runtime, run: str, stage: str | None) -> str:
     """The run's own name, for `last`. Raises NotFoundError, also if it has no such stage."""
-    from pipeline_app.control.ledger import find_plan
+    from pipeline_app.control.sight.ledger import find_plan
 
     return find_plan(rt, run, stage).run
 
@@ -82,7 +82,7 @@ def _would_be(rt: Runtime, run: str, stage: str | None, partition: str | None, *
 
 
 def _paused_there(rt: Runtime, run: str, stage: str | None, partition: str | None) -> list[dict[str, Any]]:
-    from pipeline_app.control import pauses
+    from pipeline_app.control.targets import pauses
 
     return [row for row in pauses.listing(rt, run) if (row["stage"], row["partition"]) == (stage, partition)]
 
@@ -106,7 +106,7 @@ def resume(run: str, stage: str | None, partition: str | None, dry_run: bool, as
     It ends the pause of exactly that place: a stage that was paused by itself is resumed by itself. What is still
     paused in RUN is said. Jobs that a hold keeps stay held.
     """
-    from pipeline_app.control import pauses
+    from pipeline_app.control.targets import pauses
 
     with connection(write=not dry_run) as rt:
         run = _name(rt, run, stage)
@@ -132,7 +132,7 @@ def resume(run: str, stage: str | None, partition: str | None, dry_run: bool, as
 
 
 def _paused_hint(rt: Runtime, run: str) -> str:
-    from pipeline_app.control import pauses
+    from pipeline_app.control.targets import pauses
 
     rows = pauses.listing(rt, run)
     if not rows:

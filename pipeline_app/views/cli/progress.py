@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.progress import Progress, TaskID
 
-    from pipeline_app.control.status import StageStatus, Status
+    from pipeline_app.control.sight.status import StageStatus, Status
 
 #: Below this many columns only bars and counts fit; below the second, what stands in a stage is left out.
 NARROW, MIDDLE = 60, 100

@@ -154,8 +154,8 @@ def _pace(rate: str | None, ramp: str | None) -> Pace | None:
 
 
 def _start(run: str, asked: _Request, *, wait: bool, dry_run: bool, yes: bool, as_json: bool) -> int | None:
-    from pipeline_app.control import replay as control
     from pipeline_app.control.operators import actor
+    from pipeline_app.control.replays import replay as control
 
     control.check(asked.selection)
     with connection(write=not dry_run) as rt:
@@ -215,7 +215,7 @@ def list_(run: str | None, as_json: bool) -> None:
 
     The oldest first. Failed: attempts of its jobs that failed again. Terminal: its jobs that went through all stages.
     """
-    from pipeline_app.control import replay as control
+    from pipeline_app.control.replays import replay as control
 
     with connection() as rt:
         rows = control.listing(rt, run)
@@ -260,7 +260,7 @@ def pause(operation: str, dry_run: bool, as_json: bool) -> None:
 
     Jobs that it released already go on; "replay resume" lets it go on with the others.
     """
-    from pipeline_app.control import replay as control
+    from pipeline_app.control.replays import replay as control
 
     _change("paused", control.show if dry_run else control.pause, operation, dry_run, as_json)
 
@@ -278,7 +278,7 @@ def resume(operation: str, dry_run: bool, as_json: bool) -> None:
 
     Its ramp begins anew, and so does the count of failures after which it halts.
     """
-    from pipeline_app.control import replay as control
+    from pipeline_app.control.replays import replay as control
 
     _change("resumed", control.show if dry_run else control.resume, operation, dry_run, as_json)
 
@@ -296,7 +296,7 @@ def cancel(operation: str, dry_run: bool, as_json: bool) -> None:
 
     Jobs that it released already go on; the others stay as they are.
     """
-    from pipeline_app.control import replay as control
+    from pipeline_app.control.replays import replay as control
 
     _change("cancelled", control.show if dry_run else control.cancel, operation, dry_run, as_json)
 

@@ -15,7 +15,7 @@ from pipeline_app.views.cli.progress import BAR, is_watched
 from pipeline_app.views.cli.render import echo_error, one_line, plural
 
 if TYPE_CHECKING:
-    from pipeline_app.control.replay import Survey
+    from pipeline_app.control.replays.replay import Survey
     from pipeline_app.runtime import Runtime
 
 #: How often `--wait` looks.
@@ -49,7 +49,7 @@ def echo_survey(
 
 def follow(rt: Runtime, operation: str, total: int, *, silent: bool) -> dict[str, Any]:
     """Wait until it goes on no further. Ctrl-C ends the waiting; the replay goes on."""
-    from pipeline_app.control import replay as control
+    from pipeline_app.control.replays import replay as control
 
     with _bar(total, silent=silent) as show:
         while True:

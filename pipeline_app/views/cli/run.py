@@ -32,7 +32,7 @@ from pipeline_app.views.cli.verify import verify
 from pipeline_app.views.cli.watch import status, wait, watch
 
 if TYPE_CHECKING:
-    from pipeline_app.control.seeding import Seeded
+    from pipeline_app.control.seed.seeding import Seeded
     from pipeline_app.runtime import Runtime
 
 
@@ -102,7 +102,7 @@ def seed(run: str, path: str, skip_existing: bool, as_json: bool) -> None:
     A file is read twice: first for mistakes, so that one with a bad line or a job id that RUN has already adds nothing.
     Standard input is added as it comes.
     """
-    from pipeline_app.control.ledger import find_plan
+    from pipeline_app.control.sight.ledger import find_plan
 
     with connection(write=True) as rt:
         find_plan(rt, run)  # a run that is not there is said before a large file is read
@@ -127,7 +127,7 @@ def _check(path: str, *, silent: bool) -> None:
 
 
 def _seed(rt: Runtime, run: str, path: str, skip_existing: bool, as_json: bool) -> Seeded:
-    from pipeline_app.control import seeding
+    from pipeline_app.control.seed import seeding
 
     whole = jobfile.can_be_read_twice(path)
     tally = _Tally()
@@ -185,7 +185,7 @@ Examples:
 @json_option
 def list_(limit: int, as_json: bool) -> None:
     """List the newest runs, the newest last."""
-    from pipeline_app.control.listing import runs
+    from pipeline_app.control.sight.listing import runs
 
     with connection() as rt:
         found = runs(rt, limit)
@@ -255,7 +255,7 @@ def cancel(run: str, yes: bool, dry_run: bool, as_json: bool) -> None:
     moment is not recorded; it is stopped once the grace of its stage is over. A cancelled run cannot be taken up
     again. The command "cancel" can choose jobs of it.
     """
-    from pipeline_app.control.status import status as ask
+    from pipeline_app.control.sight.status import status as ask
 
     with connection(write=not dry_run) as rt:
         found = ask(rt, run, queues=False)

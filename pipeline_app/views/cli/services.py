@@ -78,7 +78,7 @@ def _ask() -> list[dict[str, Any]]:
     """The services that the settings name, and whether they answer."""
     from pipeline_app import settings
     from pipeline_app.application import client_runtime
-    from pipeline_app.control import listing
+    from pipeline_app.control.sight import listing
 
     rt = client_runtime(settings.current().model_copy(update={"pipelines": ()}))
     try:

@@ -33,7 +33,7 @@ def selector_option(*, required: bool) -> Callable[[Any], Any]:
 
 def run_name(rt: Runtime, run: str | None) -> str | None:
     """The name of the run that is meant, also by `last`; None for all runs. Raises NotFoundError."""
-    from pipeline_app.control.ledger import find_plan
+    from pipeline_app.control.sight.ledger import find_plan
 
     return None if run is None else find_plan(rt, run).run
 

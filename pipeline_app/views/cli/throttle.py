@@ -107,8 +107,8 @@ def _set(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from pipeline_app.control import holds, throttles
     from pipeline_app.control.operators import actor
+    from pipeline_app.control.targets import holds, throttles
 
     throttles.check_task(stage)
     with connection(write=not dry_run) as rt:
@@ -162,7 +162,7 @@ def limits_of(row: dict[str, Any]) -> str:
 
 def _meant(rt: Runtime, selector: dict[str, str], run: str | None, stage: str | None) -> list[dict[str, Any]]:
     """The one for exactly this, or, without a selector, all that were set for a run; its order by priority is none."""
-    from pipeline_app.control import throttles
+    from pipeline_app.control.targets import throttles
 
     rows = [row for row in throttles.listing(rt, run) if row["run"] == run]
     if not selector:
@@ -191,7 +191,7 @@ def clear(
     THROTTLE is an id of "throttle list". --selector, --run and --stage name it as they did when it was set: without
     --run, the one for all runs; --run alone, all throttles of that run.
     """
-    from pipeline_app.control import throttles
+    from pipeline_app.control.targets import throttles
 
     selector = parse_selector(selectors)
     if (throttle is None) == (not selector and run is None):
@@ -236,7 +236,7 @@ def list_(run: str | None, as_json: bool) -> None:
     The oldest first. Running: jobs that hold one of the places of --concurrency. Spent: of the budget, until the
     period ends.
     """
-    from pipeline_app.control import throttles
+    from pipeline_app.control.targets import throttles
 
     with connection() as rt:
         rows = throttles.listing(rt, run)

@@ -14,7 +14,7 @@ from pipeline_app.views.cli.render import echo_error, echo_json, echo_table, num
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pipeline_app.control.verify import Verification
+    from pipeline_app.control.accounts.verify import Verification
     from pipeline_app.runtime import Runtime
 
 #: What is counted, and what was done to it.
@@ -54,7 +54,7 @@ def verify(run: str, repair: bool, dry_run: bool, as_json: bool) -> int | None:
     anew, lost hints are published, counters and event log are corrected by what the jobs and attempts say. Jobs that
     somebody deleted, and stages that were recorded twice, can only be reported.
     """
-    from pipeline_app.control.verify import verify as look
+    from pipeline_app.control.accounts.verify import verify as look
 
     if dry_run and not repair:
         raise UsageError("--dry-run goes with --repair: without it nothing is changed")
@@ -71,7 +71,7 @@ def verify(run: str, repair: bool, dry_run: bool, as_json: bool) -> int | None:
 
 
 def _repair(rt: Runtime, found: Verification, *, silent: bool) -> Verification:
-    from pipeline_app.control.verify import repaired
+    from pipeline_app.control.accounts.verify import repaired
 
     if not silent and found.repairs:
         click.echo(f"run {found.run}: {plural(found.problem_count, 'problem')}, repairing:")

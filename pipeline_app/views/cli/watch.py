@@ -23,7 +23,7 @@ from pipeline_app.views.cli.render import (
 )
 
 if TYPE_CHECKING:
-    from pipeline_app.control.status import Status
+    from pipeline_app.control.sight.status import Status
 
 #: How often `watch` looks.
 LOOK_EVERY_S = 1.0
@@ -44,7 +44,7 @@ def status(run: str, as_json: bool) -> None:
     RUN is a run's name, or "last" for the newest. Counts come from counters: it is as fast for ten million jobs as for
     ten. Problems, such as a queue with work that nothing consumes, are shown as warnings.
     """
-    from pipeline_app.control.status import status as ask
+    from pipeline_app.control.sight.status import status as ask
 
     with connection() as rt:
         found = ask(rt, run)
@@ -101,7 +101,7 @@ def wait(run: str, timeout_s: float | None, stage: str | None, strict: bool, as_
     whether all jobs are in. With --strict also if there are dead letters.
     """
     from pipeline_app.control.runs import wait as wait_for
-    from pipeline_app.control.status import status as ask
+    from pipeline_app.control.sight.status import status as ask
 
     with connection() as rt:
         with run_progress(silent=as_json) as show:
@@ -159,7 +159,7 @@ def watch(run: str, as_json: bool) -> None:
     A bar for each stage, with rate and time to go. Ctrl-C stops watching; the run goes on. With --json: the status in
     a line, whenever it changed, at most once a second.
     """
-    from pipeline_app.control.status import status as ask
+    from pipeline_app.control.sight.status import status as ask
 
     before: dict[str, Any] | None = None
     with connection() as rt, run_progress(silent=as_json) as show:

@@ -21,7 +21,7 @@ def workers(as_json: bool) -> None:
 
     Those that run, and those that ended within the last hour.
     """
-    from pipeline_app.control import listing
+    from pipeline_app.control.sight import listing
 
     with connection() as rt:
         found = listing.workers(rt)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from pipeline_app.control import seeding
-from pipeline_app.control.leader import contained
-from pipeline_app.control.release import enqueue_parked
+from pipeline_app.control.changes.release import enqueue_parked
+from pipeline_app.control.contained import contained
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.pipeline import MAX_CHUNK
 from pipeline_app.domain.target import Target
 from pipeline_app.runtime import Runtime

@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from pipeline_app.control import seeding
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.selection import Selection

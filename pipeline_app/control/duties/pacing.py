@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline_app.control import hold_release, replaying, throttle_release
-from pipeline_app.control.leader import Duty, Leader
+from pipeline_app.control.duties import hold_release, replaying, throttle_release
+from pipeline_app.control.duties.leader import Duty, Leader
 from pipeline_app.runtime import Runtime
 
 #: What is done, in this order.

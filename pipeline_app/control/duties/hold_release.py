@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from pipeline_app.control import seeding
-from pipeline_app.control.leader import contained
-from pipeline_app.control.release import enqueue_parked
+from pipeline_app.control.changes.release import enqueue_parked
+from pipeline_app.control.contained import contained
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.outcome import AttemptOutcome
 from pipeline_app.domain.states import MessageState
 from pipeline_app.domain.target import Table, Target

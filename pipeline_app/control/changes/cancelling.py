@@ -15,10 +15,11 @@ from collections import defaultdict
 from datetime import datetime, timedelta
 from typing import Any
 
-from pipeline_app.control import seeding, selecting
-from pipeline_app.control.fitting import apply_fitting
-from pipeline_app.control.leader import contained
-from pipeline_app.control.selecting import PAGE, UNFINISHED, Progress, silent
+from pipeline_app.control.changes import selecting
+from pipeline_app.control.changes.fitting import apply_fitting
+from pipeline_app.control.changes.selecting import PAGE, UNFINISHED, Progress, silent
+from pipeline_app.control.contained import contained
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan

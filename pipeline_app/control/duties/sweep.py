@@ -11,9 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from pipeline_app.control import cancelling, seeding
-from pipeline_app.control.leader import Duty, Leader, contained
-from pipeline_app.control.release import enqueue_parked
+from pipeline_app.control.changes import cancelling
+from pipeline_app.control.changes.release import enqueue_parked
+from pipeline_app.control.contained import contained
+from pipeline_app.control.duties.leader import Duty, Leader
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.evidence import worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from pipeline_app.control import keeping
+from pipeline_app.control.sight import keeping
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import AT_REST, JobState

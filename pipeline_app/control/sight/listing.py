@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from pipeline_app.control.status import status
+from pipeline_app.control.sight.status import status
 from pipeline_app.errors import PipelineError
 from pipeline_app.runtime import Runtime
 from pipeline_app.settings import redact

@@ -11,9 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline_app.control import selecting, throttles
-from pipeline_app.control.fitting import apply_fitting
-from pipeline_app.control.selecting import UNFINISHED, Place, Progress, silent
+from pipeline_app.control.changes import selecting
+from pipeline_app.control.changes.fitting import apply_fitting
+from pipeline_app.control.changes.selecting import UNFINISHED, Place, Progress, silent
+from pipeline_app.control.targets import throttles
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.selection import Selection

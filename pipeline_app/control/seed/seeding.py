@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipeline_app.control import paging, throttles
-from pipeline_app.control.paging import PAGE
+from pipeline_app.control.seed import paging
+from pipeline_app.control.seed.paging import PAGE
+from pipeline_app.control.targets import throttles
 from pipeline_app.domain.job import JobLine, job_key
 from pipeline_app.domain.partition import partition_key, queue_name, target_tags
 from pipeline_app.domain.plan import RunPlan

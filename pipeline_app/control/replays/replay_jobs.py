@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from pipeline_app.control.seeding import hidden_batches
+from pipeline_app.control.seed.seeding import hidden_batches
 from pipeline_app.domain.edit import Edit, NotEditableError
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.selection import Selection

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline_app.control.ledger import find_plan
-from pipeline_app.control.selecting import places
-from pipeline_app.control.status import status
+from pipeline_app.control.changes.selecting import places
+from pipeline_app.control.sight.ledger import find_plan
+from pipeline_app.control.sight.status import status
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import AT_REST, JobState
 from pipeline_app.errors import NotFoundError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline_app.control.fitting import apply_fitting
-from pipeline_app.control.leader import contained
+from pipeline_app.control.changes.fitting import apply_fitting
+from pipeline_app.control.contained import contained
 from pipeline_app.domain.states import JobState
 from pipeline_app.flow.enqueue import enqueued_state, new_messages
 from pipeline_app.flow.forward import publish_or_leave

@@ -11,8 +11,8 @@ import shlex
 from datetime import datetime
 from typing import Any
 
-from pipeline_app.control.keeping import Answer, kept
-from pipeline_app.control.ledger import find_job, last_errors
+from pipeline_app.control.sight.keeping import Answer, kept
+from pipeline_app.control.sight.ledger import find_job, last_errors
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
 from pipeline_app.errors import BrokerError

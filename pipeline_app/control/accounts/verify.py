@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline_app.control import flaws, hints
-from pipeline_app.control.repair import Todo, written
-from pipeline_app.control.repair import repair as mend
+from pipeline_app.control.accounts import flaws, hints
+from pipeline_app.control.accounts.repair import Todo, written
+from pipeline_app.control.accounts.repair import repair as mend
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState
 from pipeline_app.runtime import Runtime

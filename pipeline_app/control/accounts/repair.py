@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from pipeline_app.control import flaws, hints
-from pipeline_app.control.fitting import apply_fitting
-from pipeline_app.control.flaws import Flaw, Mend
-from pipeline_app.control.release import enqueue_parked
+from pipeline_app.control.accounts import flaws, hints
+from pipeline_app.control.accounts.flaws import Flaw, Mend
+from pipeline_app.control.changes.fitting import apply_fitting
+from pipeline_app.control.changes.release import enqueue_parked
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import BrokerError

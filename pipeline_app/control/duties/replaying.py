@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipeline_app.control.replay_jobs import Replay, Verdict, judge, page
+from pipeline_app.control.replays.replay_jobs import Replay, Verdict, judge, page
 from pipeline_app.domain.pace import Pace
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from pipeline_app.control.replay_jobs import START, Replay, Skip, judge, page
-from pipeline_app.control.selecting import find_run
+from pipeline_app.control.changes.selecting import find_run
+from pipeline_app.control.replays.replay_jobs import START, Replay, Skip, judge, page
 from pipeline_app.domain.edit import Edit
 from pipeline_app.domain.pace import Pace
 from pipeline_app.domain.selection import Selection

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline_app.errors import BrokerError, StoreError
@@ -112,14 +111,3 @@ class Leader:
             return False
         self._last[what] = now
         return True
-
-
-@contextmanager
-def contained(what: str, which: object) -> Iterator[None]:
-    """For duties: one thing that cannot be done, whatever it trips over, must not keep a duty from the others."""
-    try:
-        yield
-    except (StoreError, BrokerError):
-        raise
-    except Exception:
-        logger.exception("%s: %s", what, which)

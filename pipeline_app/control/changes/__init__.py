@@ -1,0 +1,1 @@
+"""Jobs taken from where they stand to somewhere else: cancelled, moved, let go."""

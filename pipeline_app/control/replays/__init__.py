@@ -1,0 +1,1 @@
+"""Replays, as people ask for them; `duties/replaying.py` carries them out."""

@@ -1,0 +1,1 @@
+"""Adding jobs to a run, in batches."""

@@ -1,0 +1,1 @@
+"""What people say of targets: holds, pauses, throttles."""
