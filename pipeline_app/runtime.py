@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from celery import Celery
 
 from pipeline_app.domain.job import job_key
+from pipeline_app.domain.outcome import Move
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.target import Table, Target
@@ -67,6 +68,11 @@ class Throttle:
     unit: str | None
     #: Whether it lets jobs go by priority.
     is_ordered: bool
+
+    @property
+    def move(self) -> Move:
+        """What becomes of a job whose turn it is not."""
+        return Move.ORDER if self.is_ordered else Move.THROTTLE
 
 
 @dataclass(frozen=True, kw_only=True)

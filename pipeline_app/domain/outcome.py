@@ -43,8 +43,10 @@ class Move(StrEnum):
     HOLD = "hold"
     #: Its stage, partition or run is paused.
     PAUSE = "pause"
-    #: Not its turn under a throttle, or in the order of priorities.
+    #: Not its turn under a throttle.
     THROTTLE = "throttle"
+    #: Not its turn in the order of priorities.
+    ORDER = "order"
     #: Its process died: it goes on alone, in a process of its own.
     LOSE = "lose"
     #: Waits until a worker that knows its run's definition is there.
@@ -110,7 +112,7 @@ class Outcome:
     kind: DeadKind | None = None
     #: Only for RETRY.
     due_at: datetime | None = None
-    #: Only for HOLD, PAUSE and THROTTLE: the id of what keeps it.
+    #: Only for HOLD, PAUSE, THROTTLE and ORDER: the id of what keeps it.
     waits_for: str | None = None
     started_at: datetime | None = None
     duration_s: float = 0.0

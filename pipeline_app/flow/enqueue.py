@@ -95,4 +95,5 @@ _PARKED: dict[Move, tuple[JobState, str]] = {
     Move.HOLD: (JobState.HELD, "hold"),
     Move.PAUSE: (JobState.WAITING, WaitReason.PAUSE),
     Move.THROTTLE: (JobState.WAITING, WaitReason.THROTTLE),
+    Move.ORDER: (JobState.WAITING, WaitReason.PRIORITY),
 }

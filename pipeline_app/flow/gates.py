@@ -73,7 +73,7 @@ def keeper(rt: Runtime, run: str, task: str, partition: str, tags: Mapping[str, 
         return (Move.PAUSE if closure.is_pause else Move.HOLD), closure.id
     for throttle in flags.throttles.at(run, task, partition).matching(tags):
         if throttle.rate_per_s is not None or throttle.is_ordered:
-            return Move.THROTTLE, throttle.id
+            return throttle.move, throttle.id
     return None
 
 

@@ -275,6 +275,7 @@ _MAKERS: dict[Move, Maker] = {
     Move.HOLD: _park,
     Move.PAUSE: _park,
     Move.THROTTLE: _park,
+    Move.ORDER: _park,
     Move.LOSE: _lose,
     Move.AWAIT_DEFINITION: _await_definition,
 }

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 
-from pipeline_app.domain.outcome import Move, Outcome
+from pipeline_app.domain.outcome import Outcome
 from pipeline_app.domain.target import Place
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.claim import Work
@@ -71,7 +71,7 @@ class Leave:
         for lost in range(LOST_SLOTS + 1):
             for throttle in applying:
                 if not self._has_slot(throttle, jobs_left):
-                    return Outcome(job_id=job_id, move=Move.THROTTLE, waits_for=throttle.id)
+                    return Outcome(job_id=job_id, move=throttle.move, waits_for=throttle.id)
             rated = [slots for throttle in applying if (slots := self._rated_slots(throttle))]
             if not rated:
                 return None

@@ -268,6 +268,7 @@ def test_an_ordered_run_goes_by_priority(project: Project) -> None:
     throttles.order_run(rt, "r")
     pump(rt)
     assert by_state(rt) == {"waiting": 12}
+    assert job(rt, "j0")["reason"] == "priority"
 
     run_on(rt, 1.0)
 

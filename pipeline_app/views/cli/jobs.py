@@ -166,8 +166,8 @@ def priority(run: str, priority: int, yes: bool, dry_run: bool, as_json: bool, *
     """Let jobs of RUN go before others, or after them.
 
     NUMBER is from -1000 to 1000; the highest goes first, equal ones in order of arrival, and jobs are seeded with 0
-    unless they say otherwise. From the first change on, jobs of RUN wait for their turn in the store: what is in a
-    queue already is put in order, too, when a worker takes it.
+    unless they say otherwise. If any of the jobs is in a queue already, jobs of RUN wait for their turn in the store
+    from then on: what is in a queue is put in order when a worker takes it.
     """
     from pipeline_app.control.changes import moving
     from pipeline_app.control.operators import actor

@@ -53,7 +53,7 @@ class _Request:
 Examples:
   pipeline-app replay start books-1 --dry-run
   pipeline-app replay start books-1 --stage analyze --since -2h --rate 200/s --ramp 60s --halt-after 20
-  pipeline-app replay start books-1 --error 3f2a90c1b4d5 --selector provider=openai
+  pipeline-app replay start books-1 --error 3f2a90c1b4 --selector provider=openai
   pipeline-app replay start books-1 --job a1 --set model=small --set limits.tokens=2000
   pipeline-app replay start books-1 --status terminal --from-stage enrich --wait""",
 )

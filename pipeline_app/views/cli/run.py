@@ -90,7 +90,7 @@ Examples:
 \b
 A line of FILE:
   {"job_id": "a1", "payload": {"isbn": "0-19-853453-1"}, "tags": {"provider": "openai"}}
-and, if need be, "delay_s": 60 (or "5m"), "not_before" and "expires_at" (ISO 8601).""",
+and, if need be, "delay_s": 60 (or "5m"), "not_before" and "expires_at" (ISO 8601), "priority": 5.""",
 )
 @run_argument
 @click.option("--jobs", "path", metavar="FILE", required=True, help='JSON lines; "-" is standard input.')
