@@ -27,6 +27,9 @@ HOLD = {
     "created_at",
     "ended_at",
 }
+#: A time to come.
+NEXT_YEAR = f"{datetime.now(UTC).year + 1}-03-01T14:32:00Z"
+
 THROTTLE = {
     "throttle",
     "run",
@@ -118,11 +121,11 @@ def test_a_hold_says_what_it_will_change_and_where_it_is_in_force(project: Proje
     project.seed("r1", [*jobs(5), {"job_id": "late", "payload": {"n": 9}, "tags": {"kind": "odd"}, "delay_s": 3600}])
 
     # When a target is closed
-    done = project.cli("hold", "set", "--selector", "kind=odd", "--until", "2999-03-01T14:32:00Z")
+    done = project.cli("hold", "set", "--selector", "kind=odd", "--until", NEXT_YEAR)
 
     # Then it says what, until when, how many, and that nobody is there to keep to it
     lines = done.stdout.splitlines()
-    assert lines[0] == ("closes kind=odd for all runs until 2999-03-01T14:32:00Z: 3 jobs match (1 waiting, 2 pending)")
+    assert lines[0] == (f"closes kind=odd for all runs until {NEXT_YEAR}: 3 jobs match (1 waiting, 2 pending)")
     assert done.returncode == 0
     assert "no worker runs" in done.stderr
 
