@@ -210,14 +210,6 @@ def chosen(selection: Selection, run: str) -> Document:
     return query
 
 
-def select(store: Store, run: str, selection: Selection, *, after: str | None, limit: int) -> list[Document]:
-    """Some jobs of a selection in the order of their `_id`s, those behind `after`; without payloads."""
-    query = chosen(selection, run)
-    bounds: Document = {"$gt": after} if after is not None else {}
-    with translated(store):
-        found = store.db.job_states.find({"$and": [query, {"_id": bounds}]} if bounds else query, {"payload": 0})
-        return list(found.sort("_id", 1).limit(limit))
-
 
 def walk(
     store: Store,

@@ -21,6 +21,9 @@ PREFIX = "t-"
 #: Fields that say what a throttle allows; the others say what is used of it.
 LIMITS = ("rate_per_s", "burst", "concurrency", "budget", "ordered")
 
+#: Intervals of a burst that are not made up for after a pause: the slot itself, and half an interval (see `admit`).
+NOT_MADE_UP = 1.5
+
 
 class GoneError(Exception):
     """The throttle was taken away: there is nothing to wait for."""
@@ -117,7 +120,7 @@ def admit(
     interval = {"$divide": [1000.0, {"$ifNull": ["$rate_per_s", float("inf")]}]}
     # What may be made up for is half an interval less than the burst: a target that counts in sliding windows would
     # otherwise be met at the very edge of rate and burst, where a millisecond's jitter decides.
-    ahead = {"$max": [0, {"$multiply": [{"$subtract": ["$burst", 1.5]}, interval]}]}
+    ahead = {"$max": [0, {"$multiply": [{"$subtract": ["$burst", NOT_MADE_UP]}, interval]}]}
     earliest = {"$max": ["$next_at", {"$subtract": [now, ahead]}]}
     has_lock = {"$in": [message, "$locks.message"]}
     period, spent = _budget(now)
@@ -185,6 +188,12 @@ def unlock_ended(store: Store, row: Document, held: Mapping[str, str]) -> int:
                 {"_id": row["_id"]}, {"$pull": {"locks": {"message": lock["message"], "token": lock["token"]}}}
             )
     return len(stale)
+
+
+def next_slot(row: Document, now: datetime) -> float:
+    """When the next slot of a throttle with a rate is, in seconds since 1970, as `admit` would have it."""
+    ahead_s: float = max(0.0, row["burst"] - NOT_MADE_UP) / row["rate_per_s"]
+    return max(float(row["next_at"]) / 1000, now.timestamp() - ahead_s)
 
 
 def spent_now(row: Document, now: datetime) -> tuple[float, datetime] | None:

@@ -20,6 +20,7 @@ from pipeline_app.domain.target import Target
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, messages, throttles
 from pipeline_app.store.client import Document
+from pipeline_app.store.transition import Place
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,6 @@ def _release(rt: Runtime, row: Document, hidden: Sequence[str]) -> None:
     enqueue_parked(rt, chosen, "throttle", chunk=_chunk(row), released_by=row["_id"])
 
 
-#: (run, stage, partition)
-Place = tuple[str, str, str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Room:
     """What may be let go now."""
@@ -92,11 +89,10 @@ def _chunk(row: Document) -> int | None:
 def _room(rt: Runtime, row: Document, moving: Sequence[Document]) -> Room:
     number, documents = PAGE, PAGE
     if row["rate_per_s"] is not None:
-        interval = 1.0 / row["rate_per_s"]
-        now = rt.store.now().timestamp()
-        earliest = max(row["next_at"] / 1000, now - max(0.0, row["burst"] - 1.5) * interval)
+        now = rt.store.now()
+        ahead_s = now.timestamp() + AHEAD_S - throttles.next_slot(row, now)
         under_way = sum(len(m["jobs"]) for m in moving)
-        number = min(PAGE, math.floor((now + AHEAD_S - earliest) / interval) + 1 - under_way)
+        number = min(PAGE, math.floor(ahead_s * row["rate_per_s"]) + 1 - under_way)
     if row["concurrency"] is not None:
         documents = row["concurrency"] - len(row["locks"]) - len(moving)
     spent = throttles.spent_now(row, rt.store.now())
