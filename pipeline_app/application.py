@@ -91,7 +91,7 @@ def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRo
         "task_routes": [router, *(routes if isinstance(routes, (list, tuple)) else [routes])],
         "task_queues": [idle_queue(settings.queue_type), plain_queue(default_queue), *own_queues],
         "task_default_queue": default_queue,
-        "worker_consumer": "pipeline_app.flow.worker:StageConsumer",
+        "worker_consumer": "pipeline_app.worker.follow:StageConsumer",
         "worker_hijack_root_logger": conf.get("worker_hijack_root_logger", True),
     }
 

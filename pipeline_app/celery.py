@@ -19,9 +19,10 @@ from pipeline_app.control.duties.pacing import pacing
 from pipeline_app.control.duties.sweep import sweep
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.consume import Flow, StageRequest, worker_stops
-from pipeline_app.flow.lifeline import Shared
-from pipeline_app.flow.worker import Follow, WorkerProcess
 from pipeline_app.runtime import Runtime, build
+from pipeline_app.worker.follow import Follow
+from pipeline_app.worker.lifeline import Shared
+from pipeline_app.worker.process import WorkerProcess
 
 __all__ = ["app"]
 

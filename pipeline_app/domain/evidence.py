@@ -1,6 +1,6 @@
 """How a process ended, in words and as data: the evidence that is kept for a job whose process died under it.
 
-Used where a job runs alone (`flow/alone.py`), for a pool's lost children (`flow/worker.py`) and by the sweep.
+Used where a job runs alone (`flow/alone.py`), for a pool's lost children (`worker/janitor.py`) and by the sweep.
 """
 
 from __future__ import annotations

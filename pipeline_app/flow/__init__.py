@@ -13,6 +13,4 @@
     give_back.py close a claim that will not be recorded, and enqueue its jobs anew
 
     group.py     lets threads that ask for the same thing at the same time share one round trip
-    lifeline.py  the worker's lease, and what its processes share
-    worker.py    Celery's bootsteps: which queues a worker consumes, and when it pauses
 """

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 
 from pipeline_app.errors import BrokerError
-from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import workers
 
 logger = logging.getLogger(__name__)
 
-#: Name of the command that workers understand; see `worker.py`.
+#: Name of the command that workers understand; see `pipeline_app.worker.follow`.
 COMMAND = "pipeline_flags"
 #: Who asks how many have heard it waits this long for the last of them.
 ANSWERS_S = 1.0
@@ -26,7 +25,7 @@ def announce(rt: Runtime, *, count: bool = False) -> tuple[int, int]:
 
     Those that have not heard it see it within a second by themselves. Raises StoreError.
     """
-    version = workers.bump(rt.store, FLAGS)
+    version = workers.bump(rt.store, workers.FLAGS)
     alive = len(workers.alive(rt.store)) if count else 0
     if rt.settings.broker_is_embedded or (count and not alive):
         return 0, alive

@@ -16,6 +16,8 @@ from pipeline_app.store.client import Document, Store, translated
 LEASE_S = 10.0
 #: Seconds between two signs of life.
 RENEW_S = 2.0
+#: The signal that what stops jobs has changed: a hold, a pause, a throttle, a cancelled run.
+FLAGS = "flags"
 
 _UNTIL = {"$add": ["$$NOW", int(LEASE_S * 1000)]}
 

@@ -18,9 +18,9 @@ from pipeline_app.control.targets import holds, pauses
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState, MessageState
 from pipeline_app.errors import NotFoundError
-from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, manifests, messages, workers
+from pipeline_app.store.workers import FLAGS
 from tests.integration.gate import Gate
 from tests.integration.helpers import (
     NewFlow,

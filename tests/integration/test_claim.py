@@ -14,9 +14,9 @@ from pipeline_app.domain.job import job_key
 from pipeline_app.domain.outcome import AttemptOutcome
 from pipeline_app.domain.states import JobState
 from pipeline_app.flow import claim
-from pipeline_app.flow.worker import Janitor
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
+from pipeline_app.worker.janitor import Janitor
 from tests.integration.gate import Gate
 from tests.integration.helpers import (
     NewFlow,

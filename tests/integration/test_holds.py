@@ -16,9 +16,9 @@ from pipeline_app.control.seed import paging, seeding
 from pipeline_app.control.targets import holds, pauses
 from pipeline_app.errors import DuplicateJobError, NotFoundError, UsageError
 from pipeline_app.flow.consume import Flow
-from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import manifests, workers
+from pipeline_app.store.workers import FLAGS
 from tests.integration.helpers import (
     as_row,
     attempts,

@@ -20,9 +20,9 @@ from pipeline_app.domain.edit import Edit
 from pipeline_app.domain.selection import Selection
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import NotFoundError, RefusedError, UsageError
-from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, workers
+from pipeline_app.store.workers import FLAGS
 from tests.integration.helpers import (
     NewFlow,
     attempts,

@@ -14,10 +14,10 @@ from pipeline_app.control.targets import throttles
 from pipeline_app.domain.rates import Budget, Rate
 from pipeline_app.errors import NotFoundError, UsageError
 from pipeline_app.flow.consume import Flow
-from pipeline_app.flow.lifeline import FLAGS
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import throttles as store_throttles
 from pipeline_app.store import workers
+from pipeline_app.store.workers import FLAGS
 from tests.integration.gate import Gate
 from tests.integration.helpers import (
     as_row,

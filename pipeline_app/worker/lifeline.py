@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 #: How often it looks for new partitions.
 PARTITIONS_S = 1.0
-#: Signal in the store that flags in manifests have changed.
-FLAGS = "flags"
 
 
 class Shared:
@@ -131,7 +129,7 @@ class Lifeline:
     def _tick(self, store: Store, ticks: int) -> None:
         if not self._registered or ticks % round(workers.RENEW_S / TICK_S) == 0:
             self._renew(store)
-        self._shared.version = workers.version(store, FLAGS)
+        self._shared.version = workers.version(store, workers.FLAGS)
         if ticks % round(PARTITIONS_S / TICK_S) == 0:
             self.partitions = partitions.of_pipelines(store, self._pipelines)
         self.healthy = True
