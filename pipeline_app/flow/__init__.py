@@ -7,6 +7,7 @@
     gates.py     which of the jobs may run
     handle.py    run the handler for each, and say how it ended
     execute.py   one job through its handler; for a suspect alone.py has that done in a process of its own
+                 (alone_process.py starts it, alone_nursery.py forks it, alone_child.py is it)
     record.py    make all of it durable in one transaction, in common with other threads' records
     enqueue.py   the only place where jobs are given a message
     forward.py   publish what was recorded

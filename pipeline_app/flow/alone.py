@@ -2,8 +2,7 @@
 
 Called by handle for suspects: jobs whose process died after their handler had started, so that nobody knows which job
 of a chunk, or of a whole worker, it was. Alone, the one whose process dies again is found with evidence, and the others
-go on. It is an own interpreter, not a fork: forks of a process with threads or greenlets hang. Each costs the start of
-Python and the import of the application.
+go on. It is no fork of the worker: forks of a process with threads or greenlets hang (see `alone_process.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +26,7 @@ from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.pipeline import Stage
 from pipeline_app.domain.states import DeadKind
 from pipeline_app.errors import RateLimited
+from pipeline_app.flow import alone_process
 from pipeline_app.flow.alone_child import BEGUN, is_whole
 from pipeline_app.flow.claim import Work
 from pipeline_app.runtime import Runtime
@@ -38,11 +37,7 @@ logger = logging.getLogger(__name__)
 
 #: How often the process's memory is looked at.
 SAMPLE_S = 0.1
-#: A machine that can start no process now is asked again for as long.
-START_PATIENCE_S = 30.0
-START_PAUSE_S = 0.5
 
-_MAIN = "from pipeline_app.flow.alone_child import main; main()"
 _CRASH = b"Fatal Python error"
 _PIECE = 1 << 20
 
@@ -79,8 +74,9 @@ def run(rt: Runtime, work: Work, stage: Stage, job: Job) -> Any:
     Raises FailedAloneError and RateLimitedAloneError for what the handler raised; LostAloneError; OSError if no process
     can be started. Whatever else is raised in this thread meanwhile ends the process, too.
     """
-    request = to_bytes(_request(rt, work, stage, job))
-    with _Child() as child:
+    application = _application(rt)
+    request = to_bytes({**application, **_request(rt, work, stage, job)})
+    with _Child(application) as child:
         said = child.ask(request)
     if not (said.startswith(BEGUN) and is_whole(memoryview(said)[1:])):
         raise _lost(rt, job, child, said)
@@ -95,14 +91,21 @@ def run(rt: Runtime, work: Work, stage: Stage, job: Job) -> Any:
     raise FailedAloneError(error, None if answer["kind"] is None else DeadKind(answer["kind"]))
 
 
+def _application(rt: Runtime) -> Document:
+    """What has to be imported, and from where."""
+    root = str(settings.project_root())
+    return {
+        "root": root,
+        # Celery's own command takes the project's folder off its path again once it has found the app there.
+        "sys_path": [root, *(path for path in sys.path if isinstance(path, str))],
+        "pipelines": list(rt.settings.pipelines),
+    }
+
+
 def _request(rt: Runtime, work: Work, stage: Stage, job: Job) -> Document:
     return {
-        "root": str(settings.project_root()),
-        # Celery's own command takes the project's folder off its path again once it has found the app there.
-        "sys_path": [str(settings.project_root()), *(path for path in sys.path if isinstance(path, str))],
         "log_level": logging.getLogger().getEffectiveLevel(),
         "broker": _broker(rt),
-        "pipelines": list(rt.settings.pipelines),
         "pipeline": work.plan.pipeline,
         "handler": stage.handler.path,
         "message": work.message,
@@ -127,7 +130,7 @@ def _broker(rt: Runtime) -> Document:
 
 def _lost(rt: Runtime, job: Job, child: _Child, said: bytes) -> Exception:
     """What to raise for a process that ended without an answer; before its handler began that is no loss."""
-    end = evidence.End.of_code(child.process.returncode)
+    end = evidence.End.of_code(child.code)
     begun = said.startswith(BEGUN)
     last_words = said.removeprefix(BEGUN)
     error = evidence.worker_lost(
@@ -148,10 +151,12 @@ def _lost(rt: Runtime, job: Job, child: _Child, said: bytes) -> Exception:
 class _Child:
     """The process and our end of its channel. It is gone when the block is left, however that is."""
 
-    def __init__(self) -> None:
-        self.process, self._channel = _started()
+    def __init__(self, application: Document) -> None:
+        self.process, self._channel = alone_process.start(application)
         self._memory = psutil.Process(self.process.pid)
         self.answered = False
+        #: How it ended, as subprocess has it; known when the block is left.
+        self.code = 0
         #: Resident memory when it was looked at last, and at most.
         self.rss_bytes = self.peak_rss_bytes = 0
 
@@ -166,7 +171,8 @@ class _Child:
                 self.process.kill()
             else:
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.code = self.process.wait()
+        self.process.close()
         self._channel.close()
 
     def ask(self, request: bytes) -> bytes:
@@ -209,35 +215,3 @@ class _Child:
         except psutil.Error:  # it has ended
             return
         self.peak_rss_bytes = max(self.peak_rss_bytes, self.rss_bytes)
-
-
-def _started() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process and our end of its channel. Raises OSError."""
-    deadline = time.monotonic() + START_PATIENCE_S
-    while True:
-        try:
-            return _start()
-        except OSError as exc:
-            # Out of memory or processes: that is not this job's doing.
-            if time.monotonic() > deadline:
-                raise
-            logger.warning("cannot start a process for a job alone: %s", exc)
-        time.sleep(START_PAUSE_S)
-
-
-def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-c", _MAIN, str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            # A handler that signals its process group must not reach the worker.
-            start_new_session=True,
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return process, ours

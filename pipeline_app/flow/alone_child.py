@@ -1,4 +1,4 @@
-"""The process that runs one job's handler: `alone.py` starts it, and it ends with that job or with its parent.
+"""The process that runs one job's handler: `alone_process.py` starts it, and it ends with that job or with its parent.
 
 It reads the request from the socket that it was given, says BEGUN right before the handler starts, and answers with one
 document. Should it crash, the interpreter's last words (where it was when it crashed) come instead.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import io
 import logging
 import os
@@ -42,12 +43,16 @@ def is_whole(document: bytes | bytearray | memoryview) -> bool:
 
 
 def main() -> None:
-    """Run one handler, answer, and end, whatever threads the handler leaves behind."""
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    """The process as an interpreter of its own, which was given the number of its channel."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(channel: socket.socket) -> None:
+    """Run one handler, answer, and end the process, whatever threads the handler leaves behind."""
     # What the handler starts must not hold the channel open, or it would seem to live for as long as that does.
     channel.set_inheritable(False)
     channel.setblocking(True)  # a worker with gevent makes all its sockets otherwise
-    _die_with_parent()
+    die_with_parent()
     faulthandler.enable(channel.fileno(), all_threads=False)
     request = from_bytes(_receive(channel))
     threading.Thread(target=_end_with_parent, args=(channel,), name="pipeline-parent", daemon=True).start()
@@ -62,7 +67,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux ends us when our parent ends, also while a handler lets no other thread run."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -100,6 +105,7 @@ def _settle_celery(broker: Mapping[str, Any]) -> None:
     """A handler that sends tasks of its own sends them as in the worker; who does not import Celery, does not."""
     celery = sys.modules.get("celery")
     if celery is not None:
+        importlib.import_module("pipeline_app.transport")  # what `amqps://` means
         conf = celery.current_app.conf
         conf.broker_url = broker["url"]
         conf.broker_transport_options = {**(conf.broker_transport_options or {}), **broker["options"]}

@@ -44,6 +44,10 @@ def do_fine(doing: Doing, job: Job) -> Any:
     return {**seen, "key": job.key, "pid": os.getpid(), "cwd": str(Path.cwd())}
 
 
+def do_parent(doing: Doing, job: Job) -> int:
+    return os.getppid()
+
+
 def do_fail(doing: Doing, job: Job) -> Any:
     raise ValueError("three of 3")
 

@@ -17,10 +17,11 @@ import pytest
 
 from pipeline_app import Pipeline, Retry, Stage
 from pipeline_app.control.results import results
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.handler import import_object
 from pipeline_app.domain.job import job_key
 from pipeline_app.domain.states import DeadKind, JobState
-from pipeline_app.flow import alone
+from pipeline_app.flow import alone, alone_process
 from pipeline_app.flow.handle import job_of
 from pipeline_app.runtime import Runtime
 from tests.integration import alone_handlers
@@ -157,8 +158,7 @@ def test_what_a_handler_leaves_behind(project: Project, tmp_path: Path) -> None:
         assert not is_gone(left), "what it started is none of ours"
     finally:
         os.kill(left, signal.SIGKILL)
-    mine = [" ".join(child.cmdline()) for child in psutil.Process().children()]
-    assert not [line for line in mine if "alone_child" in line]
+    eventually(lambda: not nursery().children())
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,7 @@ def test_a_process_that_ends_before_the_handler_begins(
 
 def test_a_machine_that_can_start_no_process_for_a_while(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given that no process can be started, when one can be again, then the job runs and nothing was counted."""
+    alone_process.end_nursery()
     python = sys.executable
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     threading.Timer(1.0, lambda: setattr(sys, "executable", python)).start()
@@ -307,3 +308,67 @@ def test_a_machine_that_can_start_no_process_for_a_while(project: Project, monke
 
     prove(rt, terminal=1)
     assert outcomes(attempts(rt)) == ["ok"]
+
+
+def nursery() -> psutil.Process:
+    """The process that this one's jobs are forked by."""
+    (found,) = (child for child in psutil.Process().children() if "alone_nursery" in " ".join(child.cmdline()))
+    return found
+
+
+def test_many_share_one_nursery(project: Project) -> None:
+    """Given many suspects, then the application is imported once for all of them, and each has a process of its own."""
+    rt = run_alone(project, {"what": "fine"})
+    born = nursery().create_time()
+
+    alone_again(rt, 10)
+
+    prove(rt, terminal=11)
+    assert len({row["result"]["pid"] for row in results(rt, "r")} - {os.getpid(), nursery().pid}) == 11
+    assert nursery().create_time() == born
+
+
+def test_a_nursery_that_was_killed(project: Project) -> None:
+    """Given a nursery that somebody killed, then the next job has another one, and nothing is counted."""
+    rt = run_alone(project, {"what": "fine"})
+    killed = nursery()
+    killed.kill()
+    eventually(lambda: is_gone(killed.pid))
+
+    alone_again(rt, 1)
+
+    assert outcomes(attempts(rt)) == ["ok", "ok"]
+    assert nursery().pid != killed.pid
+
+
+def alone_again(rt: Runtime, number: int) -> None:
+    """Some more suspects in the same run."""
+    seeding.seed(rt, "r", [{"job_id": f"more-{n}", "payload": {"what": "fine"}} for n in range(number)])
+    suspect(rt, *(f"more-{n}" for n in range(number)))
+    pump(rt)
+
+
+THREADED = """
+import threading
+
+from tests.integration.alone_handlers import do
+from pipeline_app import Pipeline, Stage
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+chosen = Pipeline("threaded", [Stage(do)])
+"""
+
+
+def test_an_application_with_threads_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given an application that starts a thread when it is imported, then its jobs are no forks of such a process."""
+    monkeypatch.syspath_prepend(str(project.folder))
+    project.write("threaded.py", THREADED)
+    chosen = import_object("threaded:chosen")
+    rt = project.runtime(chosen, pipelines=("threaded:chosen",))
+    begin(rt, chosen, [{"job_id": "j", "payload": {"what": "parent"}}])
+    suspect(rt, "j")
+
+    pump(rt)
+
+    assert [row["result"] for row in results(rt, "r")] == [os.getpid()]
+    alone_process.end_nursery()
