@@ -19,8 +19,9 @@ from pipeline_app.errors import DefinitionError, UsageError
 from pipeline_app.flow.consume import Flow, StageTask
 from pipeline_app.flow.forward import task_name
 from pipeline_app.runtime import Runtime, build
-from pipeline_app.settings import Settings
+from pipeline_app.settings import FILE_KEYS, Settings
 from pipeline_app.store import schema
+from pipeline_app.transport.connecting import addresses
 from pipeline_app.transport.publisher import ANSWER_TIMEOUT_S
 from pipeline_app.transport.topology import HintRouter, idle_queue, plain_queue
 
@@ -48,7 +49,8 @@ def make_celery(settings: Settings, pipelines: dict[str, Pipeline], flow: Callab
     own = None
     if (settings_module.project_root() / "celeryconfig.py").is_file():
         own = importlib.import_module("celeryconfig")
-        app.config_from_object(own)
+        # Celery shows its settings to whoever asks (`celery report`, `inspect conf`, Flower): ours have passwords.
+        app.config_from_object({name: value for name, value in vars(own).items() if name not in FILE_KEYS})
     tasks = {task_name(p.name, s.name): (p.name, s.name) for p in pipelines.values() for s in p.stages}
     app.conf.update(_fixed(settings, own, app.conf, HintRouter(settings.queue_type, tasks)))
     for pipeline in pipelines.values():
@@ -61,6 +63,8 @@ def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRo
     """Settings that the promises rest on; several of Celery's defaults lose work silently."""
     routes = conf.get("task_routes") or []
     default_queue = conf.get("task_default_queue") or "celery"
+    # As Celery has it, since plain applications publish there, too; on a cluster the user sets it to quorum.
+    default_type = getattr(own, "task_default_queue_type", "classic")
     own_queues = list(conf.get("task_queues") or [])
     # The embedded broker is polled; kombu's own pause is a second.
     options: dict[str, Any] = {"polling_interval": 0.1}
@@ -68,7 +72,7 @@ def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRo
         # Without confirms a lost message is no error; without time limits a silent broker is a worker that hangs.
         options = {"confirm_publish": True, "read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S}
     return {
-        "broker_url": settings.amqp_url,
+        "broker_url": ";".join(addresses(settings.amqp_url)),
         "broker_transport_options": {**(conf.get("broker_transport_options") or {}), **options},
         "broker_connection_retry_on_startup": True,
         # A consumer timeout of RabbitMQ closes the channel: reconnect instead of ending the worker.
@@ -89,7 +93,7 @@ def _fixed(settings: Settings, own: ModuleType | None, conf: Any, router: HintRo
         # A redelivered copy finds its message claimed; nothing that runs needs to be stopped for it.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "task_routes": [router, *(routes if isinstance(routes, (list, tuple)) else [routes])],
-        "task_queues": [idle_queue(settings.queue_type), plain_queue(default_queue), *own_queues],
+        "task_queues": [idle_queue(settings.queue_type), plain_queue(default_queue, default_type), *own_queues],
         "task_default_queue": default_queue,
         "worker_consumer": "pipeline_app.worker.follow:StageConsumer",
         "worker_hijack_root_logger": conf.get("worker_hijack_root_logger", True),

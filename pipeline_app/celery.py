@@ -18,17 +18,22 @@ from pipeline_app.application import load_pipelines, make_celery, prepare
 from pipeline_app.control.duties.pacing import pacing
 from pipeline_app.control.duties.sweep import sweep
 from pipeline_app.errors import StoreError
-from pipeline_app.flow.consume import Flow, StageRequest, worker_stops
+from pipeline_app.flow.board import Board
+from pipeline_app.flow.consume import Flow, StageRequest
 from pipeline_app.runtime import Runtime, build
 from pipeline_app.worker.follow import Follow
 from pipeline_app.worker.lifeline import Shared
+from pipeline_app.worker.options import add_options
+from pipeline_app.worker.overtime import Overtime
 from pipeline_app.worker.process import WorkerProcess
+from pipeline_app.worker.recycle import Recycle, Recycling, add_recycling_options
 
 __all__ = ["app"]
 
 _settings = settings_module.current()
 _pipelines = load_pipelines(_settings.pipelines)
 _shared = Shared()
+_board = Board()
 _lock = threading.Lock()
 _flows: dict[int, Flow] = {}
 
@@ -50,7 +55,14 @@ def _flow() -> Flow:
                 # Children, too: all times of a run are MongoDB's.
                 with contextlib.suppress(StoreError):
                     rt.store.synchronise()
-                flow = _flows[os.getpid()] = Flow(rt, worker_stops, Follow.process.slots)
+                flow = _flows[os.getpid()] = Flow(
+                    rt,
+                    lambda: _shared.stopping,
+                    Follow.process.slots,
+                    leased=lambda: _shared.leased,
+                    board=_board,
+                    give_up_slot=Recycle.recycling.give_up_slot,
+                )
     return flow
 
 
@@ -59,11 +71,16 @@ def _runtime() -> Runtime:
 
 
 app = make_celery(_settings, _pipelines, _flow)
+add_options(app, _pipelines)
+add_recycling_options(app)
 
 Follow.process = WorkerProcess(_shared, _pipelines, _runtime)
 app.steps["consumer"].add(Follow)
+Recycle.recycling = Recycling(Follow.process, _board)
+app.steps["worker"].add(Recycle)
 StageRequest.on_lost = Follow.process.janitor.lost
 
+_overtime = Overtime(_board, _runtime)
 _leaders = (sweep(_runtime), pacing(_runtime))
 
 
@@ -77,6 +94,8 @@ def _up() -> None:
 
 
 Follow.process.on_up.append(_up)
+if any(stage.time_limit_s for pipeline in _pipelines.values() for stage in pipeline.stages):
+    Follow.process.on_up.append(_overtime.start)
 Follow.process.on_leave.extend(leader.stop for leader in _leaders)
 
 

@@ -15,6 +15,7 @@
     └── UnreachableError          a service does not answer                         (exit code 3)
         ├── StoreError            MongoDB
         └── BrokerError           RabbitMQ
+            └── QueueRefusedError it answers, and refuses a queue or a message
 
 An error's message is written where it is raised; without one the first line of its docstring is the message.
 `code` is for machines, `hint` says what to do about it.
@@ -150,3 +151,9 @@ class BrokerError(UnreachableError):
     """RabbitMQ does not answer."""
 
     code = "broker_unreachable"
+
+
+class QueueRefusedError(BrokerError):
+    """RabbitMQ refuses a queue, or a message for it."""
+
+    code = "queue_refused"

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version as version_of
 
 from celery import Celery
 
@@ -31,6 +32,8 @@ from pipeline_app.transport.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
+#: Version of this package.
+VERSION = version_of("pipeline-app")
 #: A process without a worker's lifeline asks by itself whether a run was cancelled, this often.
 REFRESH_S = 1.0
 #: A process with a lifeline reads its flags again after this, whether or not it was told of a change.

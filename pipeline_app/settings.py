@@ -9,22 +9,26 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from pipeline_app.domain.redaction import redact as redact
 from pipeline_app.errors import UsageError
 
 DEFAULT_AMQP_URL = "amqp://guest:guest@localhost:5672/"
 DEFAULT_MONGODB_URL = "mongodb://localhost:27017/pipeline_app"
 
+#: The environment variable that tells a detached worker its log file, for its record.
+WORKER_LOG = "PIPELINE_WORKER_LOG"
+
 #: Names that celeryconfig.py may set for us; everything else in it is Celery's.
-FILE_KEYS = ("amqp_url", "mongodb_url", "queue_type", "pipelines")
+FILE_KEYS = ("amqp_url", "mongodb_url", "management_url", "queue_type", "pipelines", "acknowledge_after_s")
 
 
 def project_root() -> Path:
@@ -46,12 +50,6 @@ def services_file() -> Path:
     return state_dir() / "services.json"
 
 
-def redact(url: str) -> str:
-    """The URL without its password, for logs and errors."""
-    # Up to the last @ before the next address: a password that nobody escaped may hold one, or a slash.
-    return re.sub(r"(?<=://)([^:/@\s]*):(?:(?!://)\S)*@", r"\1:***@", url)
-
-
 class Settings(BaseSettings):
     """Settings of one process."""
 
@@ -63,10 +61,22 @@ class Settings(BaseSettings):
     amqp_url: str = Field(DEFAULT_AMQP_URL, validation_alias="AMQP_URL")
     #: The store; the path names the database.
     mongodb_url: str = Field(DEFAULT_MONGODB_URL, validation_alias="MONGODB_URL")
+    #: RabbitMQ's management API, for `check`; None is where it usually is, beside the broker.
+    management_url: str | None = None
     #: Kind of the stages' queues. RabbitMQ refuses a later change.
     queue_type: Literal["quorum", "classic"] = "quorum"
     #: Pipelines of the application: `module:attribute`, or the path of a definition file.
     pipelines: tuple[str, ...] = ()
+    #: A message whose handler runs for that long is acknowledged meanwhile. Less than RabbitMQ's consumer_timeout.
+    acknowledge_after_s: float = Field(60.0, gt=0)
+
+    @field_validator("amqp_url")
+    @classmethod
+    def _is_readable(cls, url: str) -> str:
+        """Refused here: whatever reads it later would show a part of the password with its error."""
+        if not url.startswith("mongodb") and not all(_is_address(part.strip()) for part in url.split(";")):
+            raise ValueError("it cannot be read; in a password write %2F for /, %40 for @, %3F for ?, %23 for #")
+        return url
 
     @classmethod
     def settings_customise_sources(
@@ -83,6 +93,13 @@ class Settings(BaseSettings):
     def broker_is_embedded(self) -> bool:
         """Whether kombu's MongoDB transport is the broker: no confirms, no redelivery, no depth of un-acked."""
         return self.amqp_url.startswith("mongodb")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0 and not any(character.isspace() for character in url)
+    except ValueError:
+        return False
 
 
 class _Files(PydanticBaseSettingsSource):
@@ -133,7 +150,9 @@ def load(**flags: Any) -> Settings:
     except ValidationError as exc:
         first = exc.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"setting {name}: {first['msg']} (it is {first.get('input')!r})") from exc
+        shown = "" if name.lower().endswith("url") else f" (it is {first.get('input')!r})"
+        # An address that is not one may show its password anywhere: nothing of it, and no cause that does.
+        raise UsageError(f"setting {name}: {first['msg'].removeprefix('Value error, ')}{shown}") from None
 
 
 @cache

@@ -22,7 +22,7 @@ from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.flow.forward import task_name
 
 
-def create_run(run: str, pipeline: Pipeline | str, then: Any = None) -> None:
+def create_run(run: str, pipeline: Pipeline | str, then: Any = None, bound: int | None = None) -> None:
     """Make a run.
 
     Args:
@@ -30,10 +30,12 @@ def create_run(run: str, pipeline: Pipeline | str, then: Any = None) -> None:
         pipeline: a Pipeline, or the name of one in celeryconfig.py. The workers must know it, too.
         then: your own Celery tasks to call with the results, instead of the pipeline's `then`: a signature, a chain,
             or the pipeline's whole chain with yours behind it (`chain(pipeline) | notify.s()`).
+        bound: how many jobs may be unfinished before `seed` waits, instead of the pipeline's `bound`. What workers
+            make of jobs (next stages, retries, replays) never waits for it.
 
-    Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name), StoreError.
+    Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name, the bound), StoreError.
     """
-    runs.create_run(connected(), run, pipeline, then=then)
+    runs.create_run(connected(), run, pipeline, then=then, bound=bound)
 
 
 def seed(
@@ -43,6 +45,7 @@ def seed(
     whole: bool = False,
     skip_existing: bool = False,
     progress: Callable[[int], None] = lambda added: None,
+    waiting: Callable[[str], None] = lambda why: None,
 ) -> Seeded:
     """Add jobs to a run, in constant memory, and publish them as they come.
 
@@ -53,12 +56,16 @@ def seed(
             before the error stays.
         skip_existing: pass over jobs that are in the run already: that is how an interrupted seeding goes on.
         progress: called with the number of jobs added so far.
+        waiting: called with what is waited for, again and again, while the run's bound leaves no room.
 
-    Raises NotFoundError, RefusedError (the run was cancelled), BadJobLineError, DuplicateJobError, StoreError.
+    Raises NotFoundError, RefusedError (the run was cancelled, or has a bound and `whole` is asked for),
+    BadJobLineError, DuplicateJobError, StoreError.
     """
     rt = connected()
     prepare(rt)
-    return seeding.seed(rt, run, jobs, whole=whole, skip_existing=skip_existing, progress=progress)
+    return seeding.seed(
+        rt, run, jobs, whole=whole, skip_existing=skip_existing, progress=progress, waiting=waiting
+    )
 
 
 def wait(

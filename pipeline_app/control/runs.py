@@ -8,9 +8,9 @@ from typing import Any
 
 from pipeline_app.control.sight.status import Status, status
 from pipeline_app.domain.job import check_run_name
-from pipeline_app.domain.pipeline import Pipeline, signatures
+from pipeline_app.domain.pipeline import MAX_BOUND, Pipeline, signatures
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.errors import NotFoundError
+from pipeline_app.errors import NotFoundError, UsageError
 from pipeline_app.flow.forward import task_name
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import manifests, schema
@@ -20,16 +20,21 @@ from pipeline_app.store.client import Document
 LOOK_EVERY_S = 0.5
 
 
-def create_run(rt: Runtime, run: str, pipeline: Pipeline | str, *, then: Any = None) -> Document:
+def create_run(
+    rt: Runtime, run: str, pipeline: Pipeline | str, *, then: Any = None, bound: int | None = None
+) -> Document:
     """Make a run of a pipeline; returns its manifest.
 
     Args:
         pipeline: a Pipeline, or the name of one in celeryconfig.py.
         then: signatures of your own Celery tasks to call with the results, instead of the pipeline's.
+        bound: jobs that may be unfinished at a time before seeders wait, instead of the pipeline's.
 
-    Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name), StoreError.
+    Raises NotFoundError (no such pipeline), RunExistsError, UsageError (the name, the bound), StoreError.
     """
     check_run_name(run)
+    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or not 1 <= bound <= MAX_BOUND):
+        raise UsageError(f"a bound is a whole number from 1 to {MAX_BOUND:,}, not {bound!r}")
     chosen = find_pipeline(rt, pipeline) if isinstance(pipeline, str) else pipeline
     rt.store.synchronise()
     schema.ensure(rt.store)
@@ -41,6 +46,8 @@ def create_run(rt: Runtime, run: str, pipeline: Pipeline | str, *, then: Any = N
         definition=chosen.definition(),
         hash=chosen.hash,
         then=_own_tasks(chosen, then) if then is not None else chosen.then,
+        bound=bound if bound is not None else chosen.bound,
+        order_partitions=chosen.order_partitions,
     )
 
 

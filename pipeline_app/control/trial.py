@@ -77,7 +77,7 @@ def _step(pipeline: Pipeline, stage: Stage, line: JobLine, value: Any) -> Step:
         return Step(
             job_id=line.job_id,
             stage=stage.name,
-            partition=pipeline.partition(line.tags),
+            partition=pipeline.partition(line.tags, line.order_key),
             outcome=outcome,
             duration_s=round(time.perf_counter() - begin, 6),
             **fields,

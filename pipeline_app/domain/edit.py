@@ -9,6 +9,9 @@ from typing import Any
 
 from pipeline_app.errors import UsageError
 
+#: MongoDB nests documents no deeper.
+MAX_DEPTH = 100
+
 _HINT = "write a.b=VALUE: VALUE is JSON, or else a text"
 
 
@@ -36,8 +39,8 @@ class Edit:
         for item in items:
             path, equals, text = item.partition("=")
             parts = tuple(path.split("."))
-            if not equals or not all(parts):
-                raise UsageError(f"not an edit: {item!r}", hint=_HINT)
+            if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+                raise UsageError(f"not an edit: {item:.200}", hint=_HINT)
             if parts in found:
                 raise UsageError(f"{path} is set twice", hint=_HINT)
             found[parts] = _value(text)
@@ -71,7 +74,7 @@ class Edit:
 def _value(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

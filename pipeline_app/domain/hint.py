@@ -8,6 +8,8 @@ from typing import Any
 
 #: Raised when the meaning of a hint changes; a worker parks what it does not know.
 VERSION = 1
+#: Ids and names of ours are shorter; it is AMQP's own limit for short texts, too.
+MAX_TEXT = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,17 @@ class Hint:
             return f"its version is {table.get('v')!r}, this worker knows {VERSION}"
         values = {name: table.get(name) for name in ("run", "stage", "partition", "message")}
         for name, value in values.items():
-            if not isinstance(value, str):
+            if not is_text(value):
                 return f"{name} is missing"
         return cls(**{name: str(value) for name, value in values.items()})
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that the store can look for: not too long, and of characters only."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or "\x00" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

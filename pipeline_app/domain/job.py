@@ -37,6 +37,11 @@ def job_key(run: str, job_id: str) -> str:
     return f"{run}/{job_id.replace('%', '%25').replace('/', '%2F')}"
 
 
+def turn_id(run: str, order_key: str) -> str:
+    """The `_id` of what jobs with that order key take turns at."""
+    return job_key(run, order_key)
+
+
 def idempotency_key(run: str, job_id: str, stage: str, generation: int) -> str:
     """32 hex digits that stay the same however often a job's handler is run in a stage and generation."""
     return hashlib.sha256(f"{job_key(run, job_id)}/{stage}/{generation}".encode()).hexdigest()[:32]
@@ -101,6 +106,8 @@ class JobLine(BaseModel):
     not_before: Time | None = None
     #: Time after which the job is not started any more but dead-lettered as `expired`.
     expires_at: Time | None = None
+    #: Jobs of one key go through the whole pipeline one at a time, in the order in which they were added.
+    order_key: JobId | None = None
     #: Jobs with a higher one are let go first wherever jobs wait; equal ones in the order in which they were added.
     priority: Annotated[int, Field(ge=-1000, le=1000, strict=True)] = 0
 

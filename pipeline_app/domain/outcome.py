@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline_app.domain.fingerprint import frame_of, group_of
+from pipeline_app.domain.redaction import redact
 from pipeline_app.domain.states import DeadKind
 
 #: Longer texts of errors are cut: a ledger line is not a log file.
@@ -49,6 +50,8 @@ class Move(StrEnum):
     ORDER = "order"
     #: Its process died: it goes on alone, in a process of its own.
     LOSE = "lose"
+    #: Its message ended before its turn came: at once in another one.
+    AGAIN = "again"
     #: Waits until a worker that knows its run's definition is there.
     AWAIT_DEFINITION = "await_definition"
     #: Not this message's job any more: leave it alone.
@@ -79,13 +82,11 @@ class ErrorRecord:
         """The record of `exc`; its traceback starts below the framework's own frames."""
         frames = _below_framework(exc.__traceback__)
         text = "".join(traceback.format_exception(type(exc), exc, frames))
-        if len(text) > MAX_TRACEBACK:
-            text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
         name, message, frame = _type_name(exc), _clean(_message(exc)), frame_of(frames)
         return cls(
             type=name,
             message=message[:MAX_ERROR_TEXT],
-            traceback=_clean(text),
+            traceback=clean_text(text),
             frame=frame,
             group=group_of(name, message, frame),
         )
@@ -137,6 +138,14 @@ def _message(exc: BaseException) -> str:
         return "(its message cannot be read)"
 
 
+def clean_text(text: str) -> str:
+    """A traceback as the ledger keeps it: what is too long is cut in the middle."""
+    text = _clean(text)
+    if len(text) > MAX_TRACEBACK:
+        text = text[: MAX_TRACEBACK // 2] + "\n  [...]\n" + text[-MAX_TRACEBACK // 2 :]
+    return text
+
+
 def _clean(text: str) -> str:
-    """Text that BSON can hold: a lone surrogate, as undecodable file names bring it, becomes `?`."""
-    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00")
+    """Text that BSON can hold and people may see: a lone surrogate becomes `?`, the password of an address `***`."""
+    return redact(text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00"))

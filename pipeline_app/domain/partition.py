@@ -13,6 +13,10 @@ DEFAULT = "default"
 _SEPARATOR = "__"
 #: Pipeline and stage names have at most 60 bytes each, so 2 * 60 + 2 dots + 120 stay below 255.
 MAX_KEY = 120
+#: Partitions of jobs that go in order, unless a pipeline says otherwise.
+ORDER_PARTITIONS = 16
+#: Begins their names: without the separator, as no partition by tags is called.
+_ORDERED = "order-"
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 
 
@@ -39,6 +43,21 @@ def partition_key(tags: Mapping[str, str], partition_by: Sequence[str] | None = 
     # "~~" never comes out of _escape, so a shortened key differs from every whole one.
     digest = hashlib.sha256(key.encode()).hexdigest()[:40]
     return f"{key[: MAX_KEY - 42]}~~{digest}"
+
+
+def job_partition(
+    tags: Mapping[str, str], order_key: str | None, partition_by: Sequence[str] | None, order_partitions: int
+) -> tuple[str, dict[str, str]]:
+    """A job's partition, and the tags by which workers choose that partition.
+
+    Tags decide, unless the job has an order key: jobs of one key go the same way, whatever their tags are.
+    `order_partition` stands for a tag there.
+    """
+    if order_key is None:
+        return partition_key(tags, partition_by), target_tags(tags, partition_by)
+    digest = hashlib.sha256(order_key.encode("utf-8", "surrogatepass")).digest()
+    number = str(int.from_bytes(digest[:8]) % order_partitions)
+    return _ORDERED + number, {"order_partition": number}
 
 
 def queue_name(pipeline: str, stage: str, partition: str) -> str:

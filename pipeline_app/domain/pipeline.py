@@ -12,13 +12,22 @@ from typing import Any
 
 from pipeline_app.domain.durations import seconds
 from pipeline_app.domain.handler import Handler, import_object, inspect_handler
-from pipeline_app.domain.partition import partition_key
+from pipeline_app.domain.partition import ORDER_PARTITIONS, job_partition
 from pipeline_app.domain.retry import Retry
 from pipeline_app.errors import DefinitionError, NotFoundError, UsageError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
 #: A chunk's job ids stand in one document and in one event; beyond this nothing is gained.
 MAX_CHUNK = 1000
+#: Each is a queue of every stage.
+MAX_ORDER_PARTITIONS = 1000
+#: A shorter time limit is a mistake in the unit.
+MIN_TIME_LIMIT_S = 0.1
+#: More unfinished jobs than that are no bound.
+MAX_BOUND = 10**9
+
+#: What a definition file may say of a stage besides its handler and its retries.
+_STAGE_OPTIONS = ("name", "chunk", "losses", "deferrals", "grace", "soft_time_limit", "time_limit")
 
 
 class Stage:
@@ -34,6 +43,9 @@ class Stage:
             `worker_lost`. From the first time on the job runs in a process of its own; a death that may have been
             another job's doing, or nobody's, counts a quarter.
         grace: how long a handler may go on after all its jobs were cancelled, before it is stopped; such as "30s".
+        soft_time_limit: how long the handler may take for one job before SoftTimeLimitExceeded is raised in it; such as
+            "90s". By default as long as it likes.
+        time_limit: how long it may take at most: then the attempt has failed, and the handler's slot is given up.
 
     Raises DefinitionError.
     """
@@ -48,6 +60,8 @@ class Stage:
         losses: int = 5,
         deferrals: int = 1000,
         grace: str | float = "30s",
+        soft_time_limit: str | float | None = None,
+        time_limit: str | float | None = None,
     ) -> None:
         self.handler: Handler = inspect_handler(handler)
         self.name = _check_name("stage", name or self.handler.function.__name__)
@@ -64,6 +78,13 @@ class Stage:
         self.losses = losses
         self.deferrals = deferrals
         self.grace_s = _duration(f"stage {self.name}: grace", grace)
+        self.soft_time_limit_s = _time_limit(f"stage {self.name}: soft_time_limit", soft_time_limit)
+        self.time_limit_s = _time_limit(f"stage {self.name}: time_limit", time_limit)
+        if self.soft_time_limit_s and self.time_limit_s and self.soft_time_limit_s >= self.time_limit_s:
+            raise DefinitionError(
+                f"stage {self.name}: soft_time_limit is not below time_limit",
+                hint="the soft one comes first, and leaves the handler time to end by itself",
+            )
 
     def definition(self) -> dict[str, Any]:
         """What the run's manifest keeps of it: the path of the handler, not its code."""
@@ -75,6 +96,8 @@ class Stage:
             "losses": self.losses,
             "deferrals": self.deferrals,
             "grace": self.grace_s,
+            "soft_time_limit": self.soft_time_limit_s,
+            "time_limit": self.time_limit_s,
         }
 
     def __repr__(self) -> str:
@@ -88,6 +111,8 @@ class Pipeline:
         name: letters, digits and `_`, at most 60.
         stages: in order; their names differ.
         partition_by: tags that choose a job's partition; default is `quota_pool` if a job has it, else all its tags.
+        bound: jobs of a run that may be unfinished at a time before its seeders wait; default of new runs.
+        order_partitions: how many partitions jobs with an `order_key` are spread over, for new runs.
         then: Celery signatures of your own, called after the last stage with `[{job_id, result, key}]`.
 
     Raises DefinitionError.
@@ -99,6 +124,8 @@ class Pipeline:
         stages: Sequence[Stage],
         *,
         partition_by: Sequence[str] | None = None,
+        bound: int | None = None,
+        order_partitions: int = ORDER_PARTITIONS,
         then: Any = None,
     ) -> None:
         self.name = _check_name("pipeline", name)
@@ -115,6 +142,9 @@ class Pipeline:
                     f"pipeline {name}: two stages are called {stage_name!r}", hint="give one of them name=..."
                 )
         self.partition_by = None if partition_by is None else _tag_names(name, partition_by)
+        # Both are the run's once it is made, and no part of the definition: workers need neither.
+        self.bound = None if bound is None else _whole(f"pipeline {name}: bound", bound, 1, MAX_BOUND)
+        self.order_partitions = _whole(f"pipeline {name}: order_partitions", order_partitions, 1, MAX_ORDER_PARTITIONS)
         self.then = signatures(then)
 
     @property
@@ -141,9 +171,9 @@ class Pipeline:
         """The stages after stage `name`."""
         return self.stages[self.stages.index(self.stage(name)) + 1 :]
 
-    def partition(self, tags: Mapping[str, str]) -> str:
-        """The partition of a job with these tags."""
-        return partition_key(tags, self.partition_by)
+    def partition(self, tags: Mapping[str, str], order_key: str | None = None) -> str:
+        """The partition of a job with these tags, or with that order key."""
+        return job_partition(tags, order_key, self.partition_by, self.order_partitions)[0]
 
     def definition(self) -> dict[str, Any]:
         """Stage order, chunks, partitioning and handler paths, as the manifest keeps them."""
@@ -157,7 +187,7 @@ class Pipeline:
     def hash(self) -> str:
         """16 hex digits of the definition; a worker runs only jobs of runs whose definition it has.
 
-        Retry policies, budgets and grace are left out: they may be changed while a run goes on.
+        Retry policies, budgets, grace and time limits are left out: they may be changed while a run goes on.
         """
         definition = self.definition()
         stages = [{key: row[key] for key in ("name", "handler", "chunk")} for row in definition["stages"]]
@@ -206,7 +236,7 @@ def load_definition(path: Path) -> Pipeline:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as exc:
         raise DefinitionError(f"{path}: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DefinitionError(f"{path}: {exc}") from exc
     try:
         return from_definition(table)
@@ -218,22 +248,23 @@ def from_definition(table: Any) -> Pipeline:
     """The pipeline that a definition describes. Raises DefinitionError."""
     if not isinstance(table, Mapping):
         raise DefinitionError("a definition is a table")
-    _known(table, {"name", "stages", "partition_by"}, "definition")
+    _known(table, {"name", "stages", "partition_by", "bound", "order_partitions"}, "definition")
     if not isinstance(table.get("name"), str):
         raise DefinitionError("name is missing")
     rows = table.get("stages")
     if not isinstance(rows, list):
         raise DefinitionError("stages is missing", hint="write a [[stages]] table for each stage")
-    return Pipeline(table["name"], [_stage(row) for row in rows], partition_by=table.get("partition_by"))
+    options = {key: table[key] for key in ("partition_by", "bound", "order_partitions") if key in table}
+    return Pipeline(table["name"], [_stage(row) for row in rows], **options)
 
 
 def _stage(row: Any) -> Stage:
     if not isinstance(row, Mapping):
         raise DefinitionError("each of stages is a table")
-    _known(row, {"name", "handler", "chunk", "retry", "losses", "deferrals", "grace"}, "stage")
+    _known(row, {"handler", "retry", *_STAGE_OPTIONS}, "stage")
     if not isinstance(row.get("handler"), str):
         raise DefinitionError("a stage has no handler", hint='write handler = "module:name"')
-    options = {key: row[key] for key in ("name", "chunk", "losses", "deferrals", "grace") if key in row}
+    options = {key: row[key] for key in _STAGE_OPTIONS if key in row}
     return Stage(row["handler"], retry=_retry(row.get("retry")), **options)
 
 
@@ -253,6 +284,21 @@ def _duration(what: str, value: str | float) -> float:
         return seconds(value)
     except UsageError as exc:
         raise DefinitionError(f"{what}: {exc.message}", hint=exc.hint) from exc
+
+
+def _time_limit(what: str, value: str | float | None) -> float | None:
+    if value is None:
+        return None
+    limit = _duration(what, value)
+    if limit < MIN_TIME_LIMIT_S:
+        raise DefinitionError(f"{what} is at least {MIN_TIME_LIMIT_S} s, not {value!r}")
+    return limit
+
+
+def _whole(what: str, value: Any, lowest: int, highest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise DefinitionError(f"{what} is a whole number from {lowest} to {highest:,}, not {value!r}")
+    return value
 
 
 def _tag_names(pipeline: str, names: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.domain.partition import ORDER_PARTITIONS
 from pipeline_app.errors import NotFoundError
 
 
@@ -30,6 +31,10 @@ class RunPlan:
     hash: str
     stages: tuple[StagePlan, ...]
     partition_by: tuple[str, ...] | None
+    #: Partitions that jobs with an order key are spread over.
+    order_partitions: int
+    #: Jobs that may be unfinished before seeders wait; None if any number may be.
+    bound: int | None
     #: Signatures of the user's own Celery tasks after the last stage.
     then: tuple[dict[str, Any], ...]
     created_at: datetime
@@ -54,6 +59,9 @@ class RunPlan:
                 for row in definition["stages"]
             ),
             partition_by=None if partition_by is None else tuple(partition_by),
+            # Neither is there in runs that were made before there was order and bounds.
+            order_partitions=manifest.get("order_partitions", ORDER_PARTITIONS),
+            bound=manifest.get("bound"),
             then=tuple(manifest["then"]),
             created_at=manifest["created_at"],
         )

@@ -37,6 +37,6 @@ def retry_after(header: str | float | None, now: datetime | None = None) -> date
 def _http_date(text: str) -> datetime:
     try:
         at = parsedate_to_datetime(text.strip())
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     except (TypeError, ValueError, OverflowError) as exc:
         raise UsageError(f"Retry-After: {text!r} is neither seconds nor an HTTP date") from exc
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)

@@ -41,6 +41,7 @@ class WaitReason(StrEnum):
     THROTTLE = "throttle"
     PAUSE = "pause"
     PRIORITY = "priority"
+    ORDER = "order"
 
 
 class MessageState(StrEnum):
@@ -61,15 +62,16 @@ PARKED = frozenset({JobState.WAITING, JobState.RETRY_WAITING, JobState.HELD})
 _ENDS = frozenset({JobState.DEAD_LETTERED, JobState.CANCELLED})
 
 #: The moves that the store may make. `pending -> pending` is the step to the next stage, or a message made anew; what
-#: is at rest becomes pending by a replay.
+#: is at rest becomes pending by a replay, or waits for its turn again. A job whose turn comes may find something else
+#: that keeps it: a time, a hold.
 MOVES: dict[JobState, frozenset[JobState]] = {
-    JobState.WAITING: frozenset({JobState.PENDING}) | _ENDS,
+    JobState.WAITING: frozenset({JobState.PENDING, JobState.WAITING, JobState.HELD}) | _ENDS,
     JobState.PENDING: frozenset({JobState.PENDING, JobState.TERMINAL}) | PARKED | _ENDS,
     JobState.RETRY_WAITING: frozenset({JobState.PENDING}) | _ENDS,
     JobState.HELD: frozenset({JobState.PENDING}) | _ENDS,
-    JobState.TERMINAL: frozenset({JobState.PENDING}),
-    JobState.DEAD_LETTERED: frozenset({JobState.PENDING}),
-    JobState.CANCELLED: frozenset({JobState.PENDING}),
+    JobState.TERMINAL: frozenset({JobState.PENDING, JobState.WAITING}),
+    JobState.DEAD_LETTERED: frozenset({JobState.PENDING, JobState.WAITING}),
+    JobState.CANCELLED: frozenset({JobState.PENDING, JobState.WAITING}),
 }
 
 

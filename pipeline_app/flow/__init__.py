@@ -8,10 +8,13 @@
     handle.py    run the handler for each, and say how it ended
     execute.py   one job through its handler; for a suspect alone.py has that done in a process of its own
                  (alone_process.py starts it, alone_nursery.py forks it, alone_child.py is it)
+    deadline.py  time limits of a handler
     record.py    make all of it durable in one transaction, in common with other threads' records
     enqueue.py   the only place where jobs are given a message
     forward.py   publish what was recorded
     give_back.py close a claim that will not be recorded, and enqueue its jobs anew
 
+    board.py     what children of a pool tell their main process by shared memory
+    slots.py     handlers that may run at once in a pool of threads
     group.py     lets threads that ask for the same thing at the same time share one round trip
 """

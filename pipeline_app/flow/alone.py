@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline_app.errors import RateLimited
 from pipeline_app.flow import alone_process
 from pipeline_app.flow.alone_child import BEGUN, is_whole
 from pipeline_app.flow.claim import Work
+from pipeline_app.flow.deadline import time_limit_error
 from pipeline_app.runtime import Runtime
 from pipeline_app.store.client import Document
 from pipeline_app.store.encoding import encoded, from_bytes, to_bytes
@@ -68,6 +70,10 @@ class LostAloneError(Exception):
         self.error = error
 
 
+class _OverdueError(Exception):
+    """The handler runs longer than it may."""
+
+
 def run(rt: Runtime, work: Work, stage: Stage, job: Job) -> Any:
     """The encoded output of the job's handler, as `execute` gives it. What the handler spent is added to `job.spent`.
 
@@ -76,8 +82,12 @@ def run(rt: Runtime, work: Work, stage: Stage, job: Job) -> Any:
     """
     application = _application(rt)
     request = to_bytes({**application, **_request(rt, work, stage, job)})
-    with _Child(application) as child:
-        said = child.ask(request)
+    try:
+        with _Child(application) as child:
+            said = child.ask(request, stage.time_limit_s)
+    except _OverdueError:
+        assert stage.time_limit_s is not None
+        raise FailedAloneError(time_limit_error(stage.time_limit_s), None) from None
     if not (said.startswith(BEGUN) and is_whole(memoryview(said)[1:])):
         raise _lost(rt, job, child, said)
     answer = from_bytes(said[1:])
@@ -108,6 +118,7 @@ def _request(rt: Runtime, work: Work, stage: Stage, job: Job) -> Document:
         "broker": _broker(rt),
         "pipeline": work.plan.pipeline,
         "handler": stage.handler.path,
+        "soft_time_limit_s": stage.soft_time_limit_s,
         "message": work.message,
         "input": work.inputs[job.id],
         "job": {
@@ -159,6 +170,7 @@ class _Child:
         self.code = 0
         #: Resident memory when it was looked at last, and at most.
         self.rss_bytes = self.peak_rss_bytes = 0
+        self._began_at: float | None = None
 
     def __enter__(self) -> _Child:
         return self
@@ -175,8 +187,11 @@ class _Child:
         self.process.close()
         self._channel.close()
 
-    def ask(self, request: bytes) -> bytes:
-        """All that the child says after it was given the request: its answer, or what came before its end."""
+    def ask(self, request: bytes, time_limit_s: float | None) -> bytes:
+        """All that the child says after it was given the request: its answer, or what came before its end.
+
+        Raises _OverdueError if there is neither so long after its handler began; its start does not count.
+        """
         said = bytearray()
         try:
             self._channel.sendall(request)
@@ -184,6 +199,7 @@ class _Child:
             while not is_whole(memoryview(said)[1:]):
                 ended = self.process.poll() is not None
                 self._sample()
+                self._check_time(said, time_limit_s)
                 try:
                     piece = self._channel.recv(_PIECE)
                 except TimeoutError:
@@ -196,18 +212,23 @@ class _Child:
         except ConnectionError:  # it ended without having read all
             pass
         self.answered = is_whole(memoryview(said)[1:])
-        if not self.answered:
-            self._await_end()
-        return bytes(said)
-
-    def _await_end(self) -> None:
-        """A handler that closes files that are not its own may close the channel; it is not lost for that yet."""
-        while True:
+        while not self.answered:
+            # A handler that closes files that are not its own may close the channel; it is not lost for that yet.
             try:
                 self.process.wait(SAMPLE_S)
-                return
+                break
             except subprocess.TimeoutExpired:
                 self._sample()
+                self._check_time(said, time_limit_s)
+        return bytes(said)
+
+    def _check_time(self, said: bytes | bytearray, time_limit_s: float | None) -> None:
+        if self._began_at is None and said.startswith(BEGUN):
+            self._began_at = time.monotonic()
+        if self._began_at is None or time_limit_s is None:
+            return
+        if time.monotonic() - self._began_at > time_limit_s:
+            raise _OverdueError
 
     def _sample(self) -> None:
         try:

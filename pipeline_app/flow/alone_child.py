@@ -26,6 +26,7 @@ from pipeline_app.domain.job import Job
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.pipeline import load_pipeline
 from pipeline_app.errors import RateLimited
+from pipeline_app.flow.deadline import run_within
 from pipeline_app.flow.execute import execute, permanent_kind
 from pipeline_app.store.encoding import UnstorableError, from_bytes, to_bytes
 
@@ -123,7 +124,8 @@ def _answer(request: Mapping[str, Any], channel: socket.socket) -> bytes:
     _settle_celery(request["broker"])
     channel.sendall(BEGUN)
     try:
-        output = execute(handler, request["input"], job, request["message"])
+        soft_limit_s = request["soft_time_limit_s"]
+        output = run_within(soft_limit_s, lambda: execute(handler, request["input"], job, request["message"]))
         return to_bytes({"output": bytes(output.raw), "spent": job.spent})
     except BaseException as exc:  # noqa: BLE001 - whatever a handler raises is an outcome
         try:

@@ -81,17 +81,18 @@ def claim(
         token=token,
         doubtful=set().union(*tokens.values()),
     )
-    claimed = {row["_id"]: row for row in rows if row["token"] in tokens[row["_id"]]}
-    found = jobs.for_claim(rt.store, [job_key(row["run"], job) for row in claimed.values() for job in row["jobs"]])
-    wanted = [
-        f"{key}/{job['input']}" for key, job in found.items() if job["input"] and job["message"] in claimed
-    ]
-    values = outputs.read(rt.store, wanted) if wanted else {}
+    works = {work.message: work for work in of(rt, [row for row in rows if row["token"] in tokens[row["_id"]]])}
     # Taken out one by one: of two deliveries of one message that came together, one has it.
-    taken = [claimed.pop(message, None) for message in message_ids]
-    return [
-        None if row is None else _work(rt.memory.need_plan(row["run"]), row, found, values) for row in taken
-    ]
+    return [works.pop(message, None) for message in message_ids]
+
+
+def of(rt: Runtime, claimed: Sequence[Document]) -> list[Work]:
+    """The work behind claimed messages. Raises StoreError."""
+    ids = {row["_id"] for row in claimed}
+    found = jobs.for_claim(rt.store, [job_key(row["run"], job) for row in claimed for job in row["jobs"]])
+    wanted = [f"{key}/{job['input']}" for key, job in found.items() if job["input"] and job["message"] in ids]
+    values = outputs.read(rt.store, wanted) if wanted else {}
+    return [_work(rt.memory.need_plan(row["run"]), row, found, values) for row in claimed]
 
 
 def _work(plan: RunPlan, row: Document, found: dict[str, Document], values: dict[str, Any]) -> Work:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
 
 from celery import Task
@@ -26,14 +25,18 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 
 from pipeline_app.domain.hint import Hint
+from pipeline_app.domain.outage import Outage
 from pipeline_app.domain.outcome import AttemptOutcome, ErrorRecord, Move, Outcome
 from pipeline_app.domain.pipeline import Stage
 from pipeline_app.errors import PipelineError, StoreError
 from pipeline_app.flow import claim, gates, handle, record
+from pipeline_app.flow.board import Board
 from pipeline_app.flow.closing import Closings
+from pipeline_app.flow.deadline import OvertakenError, Watchdog
 from pipeline_app.flow.forward import Notes, forward
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.flow.group import Group
+from pipeline_app.flow.slots import Slots
 from pipeline_app.flow.throttling import Leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages, partitions
@@ -56,13 +59,28 @@ class ChunkFailedError(PipelineError):
 class Flow:
     """One process's way through claim, gates, handle, record and forward, shared by its threads."""
 
-    def __init__(self, rt: Runtime, when_stopping: Callable[[], bool], slots: int | None = None) -> None:
+    def __init__(
+        self,
+        rt: Runtime,
+        when_stopping: Callable[[], bool],
+        slots: int | None = None,
+        *,
+        leased: Callable[[], bool] = lambda: True,
+        board: Board | None = None,
+        give_up_slot: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self.rt = rt
-        #: Handlers that may run at once; what waits for the store meanwhile does not keep them waiting. None where the
-        #: pool itself is the bound.
-        self._slots = threading.Semaphore(slots) if slots else nullcontext()
+        self.board = board or Board()
+        #: Called when a message was recorded whose handler runs past its time limit, and may run for ever.
+        self._give_up_slot = give_up_slot
+        self._watchdog = Watchdog()
+        #: Handlers that may run at once; what waits for the store meanwhile does not keep them waiting. Where the pool
+        #: itself is the bound, this is none.
+        self._slots = Slots(slots)
         self.notes = Notes(rt)
         self._stopping = when_stopping
+        #: Whether the worker's lease can be valid: what is claimed under one that has ended is taken away again.
+        self._leased = leased
         self._closings = Closings(rt)
         self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
         self._records: Group[record.Record, list[Document]] = Group(
@@ -78,21 +96,57 @@ class Flow:
         work = self._claim(hint.message)
         if work is None:
             return "not open"
-        with self._slots:
+        with self._slots.one(unless=self._stopping) as is_free:
+            if not is_free:
+                return self._return(work)
             pipeline = self.rt.pipeline_of(work.plan)
             if pipeline is None:
                 return self._await_definition(work)
             stage = pipeline.stage(work.stage)
             ready, refused = gates.sort(self.rt, work)
-            leave = Leave(self.rt, work)
-            outcomes = refused + handle.handle(self.rt, work, stage, ready, leave, self._closings)
-        _until_known("settling", work.message, leave.settle)
+            chunk = self._chunk(work, stage, refused)
+            try:
+                outcomes = refused + handle.handle(chunk, ready)
+            except OvertakenError:
+                # It was recorded. In a child of a pool nothing comes after that: its slot is given up with it.
+                logger.warning("ended after its time limit: message=%s task=%s", work.message, work.task)
+                _until_known("settling", work.message, chunk.leave.settle)
+                return "was over its time limit"
+        self._finish(chunk, outcomes)
+        return summary(outcomes)
+
+    def _chunk(self, work: claim.Work, stage: Stage, refused: Sequence[Outcome]) -> handle.Chunk:
+        def on_overdue(outcomes: Sequence[Outcome]) -> None:
+            try:
+                self._finish(chunk, [*refused, *outcomes])
+            except Exception as exc:
+                logger.exception("our own error: message=%s", work.message)
+                self.give_up(work.message, exc)
+            self._give_up_slot(work.message)
+
+        chunk = handle.Chunk(
+            rt=self.rt,
+            work=work,
+            stage=stage,
+            leave=Leave(self.rt, work),
+            closings=self._closings,
+            watchdog=self._watchdog,
+            board=self.board,
+            on_overdue=on_overdue,
+            stopping=self._stopping,
+        )
+        return chunk
+
+    def _finish(self, chunk: handle.Chunk, outcomes: Sequence[Outcome]) -> None:
+        """Record what became of the message's jobs, and send on what follows."""
+        work = chunk.work
+        _until_known("settling", work.message, chunk.leave.settle)
         # Before the jobs are recorded as held: what holds them must be there.
         _until_known("closing", work.message, self._closings.settle)
-        next_messages = self._record(work, outcomes, stage.handler.code_version)
+        next_messages = self._record(work, outcomes, chunk.stage.handler.code_version)
         if next_messages:
             self._forwards.submit(next_messages)
-        return summary(outcomes)
+        self.board.count(sum(outcome.attempt is not None for outcome in outcomes))
 
     def _forward(self, batches: Sequence[list[Document]]) -> list[bool]:
         done = forward(self.rt, [row for rows in batches for row in rows], self.notes)
@@ -105,13 +159,17 @@ class Flow:
 
     def give_up(self, message: str, exc: BaseException) -> None:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
+        _until_known("giving up", message, lambda: self._give_back(message, ErrorRecord.of(exc)))
 
-        def give_up() -> None:
-            mine = {"worker": self.rt.incarnation(), "process": self.rt.process}
-            for row in messages.claimed(self.rt.store, _id=message, **mine):
-                forward(self.rt, give_back(self.rt, row, lost=ErrorRecord.of(exc), its_own_doing=True), self.notes)
+    def _return(self, work: claim.Work) -> str:
+        """The worker stops, and none of its handlers has started: others may have it at once."""
+        _until_known("giving back", work.message, lambda: self._give_back(work.message, None))
+        return "given back"
 
-        _until_known("giving up", message, give_up)
+    def _give_back(self, message: str, lost: ErrorRecord | None) -> None:
+        mine = {"worker": self.rt.incarnation(), "process": self.rt.process}
+        for row in messages.claimed(self.rt.store, _id=message, **mine):
+            forward(self.rt, give_back(self.rt, row, lost=lost, its_own_doing=True), self.notes)
 
     def _claim(self, message: str) -> claim.Work | None:
         """The claim, waiting inside the slot while the store is away: nothing spins, and the message is safe.
@@ -122,6 +180,8 @@ class Flow:
         def ask() -> claim.Work | None:
             if self._stopping():
                 raise Reject("the worker stops", requeue=True)
+            if not self._leased():
+                raise StoreError("the lease has to be renewed first")
             return self._claims.submit(message)
 
         return _until_known("claim", message, ask)
@@ -144,12 +204,13 @@ class Flow:
 
 def _until_known(what: str, message: str, ask: Callable[[], Answer]) -> Answer:
     """The store's answer, asked for again while it is away."""
-    pause = FIRST_PAUSE_S
+    pause, outage = FIRST_PAUSE_S, Outage()
     while True:
         try:
             return ask()
         except StoreError as exc:
-            logger.warning("%s waits: message=%s: %s", what, message, exc)
+            if outage.goes_on(datetime.now(UTC)):
+                logger.warning("%s waits: message=%s: %s", what, message, exc)
             time.sleep(pause)
             pause = min(pause * 2, LAST_PAUSE_S)
 
@@ -168,13 +229,6 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         raise ChunkFailedError(f"{len(failed)} of {len(ran)} jobs failed; the first:\n{first}")
     counts = {str(move): sum(o.move is move for o in outcomes) for move in Move}
     return ", ".join(f"{number} {move}" for move, number in counts.items() if number)
-
-
-def worker_stops() -> bool:
-    """Whether this worker was told to stop. Children of a prefork pool don't know; theirs are given back by Celery."""
-    flags = (worker_state.should_stop, worker_state.should_terminate)
-    # An exit code of 0 is a reason to stop, too.
-    return any(flag is not None and flag is not False for flag in flags)
 
 
 class StageRequest(Request):  # type: ignore[misc]  # Celery ships no types

@@ -91,6 +91,11 @@ def parked_state(move: Move, keeper: str | None) -> Document:
     return {"state": state, "reason": reason, "message": None, "waits_for": keeper}
 
 
+def queued_state(turn: str) -> Document:
+    """What a job's document says while it waits for its turn; whoever sets it wakes the turn."""
+    return {"state": JobState.WAITING, "reason": WaitReason.ORDER, "message": None, "queues_for": turn}
+
+
 _PARKED: dict[Move, tuple[JobState, str]] = {
     Move.HOLD: (JobState.HELD, "hold"),
     Move.PAUSE: (JobState.WAITING, WaitReason.PAUSE),

@@ -63,15 +63,19 @@ def publish_or_leave(rt: Runtime, documents: Sequence[Document]) -> bool:
 
     Raises StoreError.
     """
-    if not documents:
-        return True
     try:
-        publish(rt, documents)
+        publish_and_note(rt, documents)
     except BrokerError as exc:
         logger.warning("not published: messages=%d: %s; the sweep will", len(documents), exc)
         return False
-    messages.note_published(rt.store, [row["_id"] for row in documents if row["stage"] != messages.THEN])
     return True
+
+
+def publish_and_note(rt: Runtime, documents: Sequence[Document]) -> None:
+    """Publish messages and note it. Raises BrokerError, StoreError."""
+    if documents:
+        publish(rt, documents)
+        messages.note_published(rt.store, [row["_id"] for row in documents if row["stage"] != messages.THEN])
 
 
 def task_name(pipeline: str, stage: str) -> str:

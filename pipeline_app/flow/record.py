@@ -244,9 +244,20 @@ def _park(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome
 
 def _lose(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
     """Once more in the same stage, each in a message of its own."""
+    _enqueue(record, plan, [o.job_id for o in group], now, chunk=1, losses=1)
+
+
+def _again(rt: Runtime, record: Record, plan: Transition, group: Sequence[Outcome], now: datetime) -> None:  # noqa: ARG001
+    """In the same stage, as if nothing had happened."""
+    _enqueue(record, plan, [o.job_id for o in group], now)
+
+
+def _enqueue(
+    record: Record, plan: Transition, job_ids: Sequence[str], now: datetime, *, chunk: int | None = None, **inc: int
+) -> None:
     work = record.work
-    for message in new_messages(work.plan, work.stage, work.partition, [o.job_id for o in group], now, chunk=1):
-        plan.moves.append(_move(work, message["jobs"], enqueued_state(message["_id"]), losses=1))
+    for message in new_messages(work.plan, work.stage, work.partition, job_ids, now, chunk=chunk):
+        plan.moves.append(_move(work, message["jobs"], enqueued_state(message["_id"]), **inc))
         record.next_messages.append(message)
 
 
@@ -277,6 +288,7 @@ _MAKERS: dict[Move, Maker] = {
     Move.THROTTLE: _park,
     Move.ORDER: _park,
     Move.LOSE: _lose,
+    Move.AGAIN: _again,
     Move.AWAIT_DEFINITION: _await_definition,
 }
 

@@ -72,7 +72,7 @@ def start(
 
     Its output goes to `.pipeline/logs/NAME.log`; the log of the process before it stays as `NAME.log.1`.
     """
-    log = state_dir / "logs" / f"{name}.log"
+    log = log_file(state_dir, name)
     if log.exists():
         os.replace(log, log.with_name(f"{log.name}.1"))
     with log.open("wb") as output:
@@ -88,6 +88,11 @@ def start(
     # A child that ended at once is a zombie, which still has a creation time: nobody but us reaps it.
     create_time = psutil.Process(child.pid).create_time()
     return ProcessRecord(name=name, pid=child.pid, create_time=create_time, log=str(log), mark=mark(state_dir, name))
+
+
+def log_file(state_dir: Path, name: str) -> Path:
+    """Where the output of the project's process of that name goes."""
+    return state_dir / "logs" / f"{name}.log"
 
 
 def mark(state_dir: Path, name: str) -> str:
@@ -215,7 +220,7 @@ def _is_free(port: int) -> bool:
 
 def _record_of(process: psutil.Process, state_dir: Path) -> ProcessRecord:
     name = _mark_of(process).removeprefix(mark(state_dir, ""))
-    log = str(state_dir / "logs" / f"{name}.log")
+    log = str(log_file(state_dir, name))
     return ProcessRecord(
         name=name, pid=process.pid, create_time=process.create_time(), log=log, mark=mark(state_dir, name)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pipeline_app import settings
 from pipeline_app.errors import BrokerError
 from pipeline_app.local import files, processes
 from pipeline_app.local.processes import ProcessRecord, RunningService
@@ -147,6 +150,21 @@ def ctl(state_dir: Path, *arguments: str, timeout_s: float = 30.0) -> str:
     except subprocess.TimeoutExpired as exc:
         raise BrokerError(f"rabbitmqctl {arguments[0]} took longer than {timeout_s:.0f} seconds") from exc
     return done.stdout
+
+
+def consumer_timeout_s(amqp_url: str) -> float | None:
+    """How long a consumer may keep a message of the project's own node, which alone lets us ask for it.
+
+    None if the broker is another one, or does not say.
+    """
+    if urlsplit(settings.read_services_file().get("amqp_url", "")).netloc != urlsplit(amqp_url).netloc:
+        return None
+    try:
+        answer = ctl(settings.state_dir(), "eval", "application:get_env(rabbit, consumer_timeout).")
+    except BrokerError:
+        return None
+    found = re.fullmatch(r"\{ok,(\d+)\}", answer.strip())
+    return int(found[1]) / 1000 if found else None
 
 
 def _end(state_dir: Path, records: Sequence[ProcessRecord], *, grace_s: float) -> None:

@@ -1,6 +1,7 @@
 """Detached Celery workers, written down in `.pipeline/workers.json`. Called by `demo`, `stage` and `down`.
 
-They outlive the command that started them; `stop` is how they end, and `down` calls it before it stops the services.
+They outlive the command that started them. `down` stops them before it stops the services; `stage` asks them by way of
+the store, as it asks workers of other machines.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,31 @@ from pipeline_app.local.processes import ProcessRecord
 
 
 @dataclass(frozen=True, kw_only=True)
+class NewWorker:
+    """A worker to be started. Its stage is written `survey.load`."""
+
+    stage: str
+    #: None: as the project's settings, or Celery, have it.
+    pool: str | None = None
+    concurrency: int | None = None
+    #: Items of its selectors.
+    select: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerProcess:
     """A detached worker."""
 
     #: Celery's node name is this and the host: `survey.load@host`.
     name: str
     stage: str
-    pool: str
-    concurrency: int
+    #: None: as the project's settings, or Celery, have it.
+    pool: str | None
+    concurrency: int | None
+    #: Items of its selectors.
+    select: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
     process: ProcessRecord
 
     @property
@@ -50,20 +69,32 @@ def start(
 
     Raises RefusedError if a worker of such a name runs, UsageError for a name that cannot be one.
     """
-    state_dir = settings.state_dir()
-    files.make_state_dir(state_dir)
-    with files.lock(state_dir / "workers.lock"):
-        before = _running(state_dir)
-        _check_names(names, {worker.name for worker in before})
-        started: list[WorkerProcess] = []
-        try:
-            for stage, name in zip(stages, names, strict=True):
-                started.append(_start_one(state_dir, stage, name, pool, concurrency, env or {}))
-                _write(state_dir, [*before, *started])
-        except BaseException:
-            _stop(state_dir, started, grace_s=1.0)
-            raise
-    return started
+    wanted = [NewWorker(stage=stage, pool=pool, concurrency=concurrency) for stage in stages]
+
+    def given(running: Collection[str]) -> Sequence[str]:
+        _check_names(names, running)
+        return names
+
+    return _start(wanted, given, env or {})
+
+
+def start_numbered(wanted: Sequence[NewWorker], *, taken: Collection[str] = ()) -> list[WorkerProcess]:
+    """Start these workers, each as `survey.load-1` with the next number that no worker has, nor any name in `taken`.
+
+    Returns at once, as `start` does.
+    """
+    return _start(wanted, lambda running: numbered(wanted, {*taken, *running}), {})
+
+
+def numbered(wanted: Sequence[NewWorker], taken: Collection[str]) -> list[str]:
+    """The names that workers started now would get."""
+    used = set(taken)
+    names = []
+    for new in wanted:
+        name = next(name for n in count(1) if (name := f"{new.stage}-{n}") not in used)
+        used.add(name)
+        names.append(name)
+    return names
 
 
 def stop(names: Collection[str] | None = None, *, grace_s: float = 15.0) -> list[str]:
@@ -84,17 +115,44 @@ def running() -> list[WorkerProcess]:
     return _running(settings.state_dir())
 
 
-def _start_one(
-    state_dir: Path, stage: str, name: str, pool: str, concurrency: int, env: Mapping[str, str]
-) -> WorkerProcess:
+def _start(
+    wanted: Sequence[NewWorker], names: Callable[[Collection[str]], Sequence[str]], env: Mapping[str, str]
+) -> list[WorkerProcess]:
+    """All of them, or none. `names` tells their names, given those of the workers that run: nobody else starts any."""
+    state_dir = settings.state_dir()
+    files.make_state_dir(state_dir)
+    with files.lock(state_dir / "workers.lock"):
+        before = _running(state_dir)
+        chosen = names({worker.name for worker in before})
+        started: list[WorkerProcess] = []
+        try:
+            for new, name in zip(wanted, chosen, strict=True):
+                started.append(_start_one(state_dir, new, name, env))
+                _write(state_dir, [*before, *started])
+        except BaseException:
+            _stop(state_dir, started, grace_s=1.0)
+            raise
+    return started
+
+
+def _start_one(state_dir: Path, new: NewWorker, name: str, env: Mapping[str, str]) -> WorkerProcess:
     command = [
         *(sys.executable, "-m", "celery", "-A", "pipeline_app", "worker"),
-        *("-Q", stage, "-n", f"{name}@%h", "-P", pool, "-c", str(concurrency), "--loglevel", "INFO"),
+        *("-Q", new.stage, "-n", f"{name}@%h", "--loglevel", "INFO"),
     ]
-    process = processes.start(
-        f"worker-{name}", command, state_dir=state_dir, env={**os.environ, **env}, cwd=state_dir.parent
+    if new.pool is not None:
+        command += ["-P", new.pool]
+    if new.concurrency is not None:
+        command += ["-c", str(new.concurrency)]
+    for option, items in (("--select", new.select), ("--skip", new.skip)):
+        for item in items:
+            command.append(f"{option}={item}")
+    process = f"worker-{name}"
+    told = {settings.WORKER_LOG: str(processes.log_file(state_dir, process))}
+    record = processes.start(
+        process, command, state_dir=state_dir, env={**os.environ, **env, **told}, cwd=state_dir.parent
     )
-    return WorkerProcess(name=name, stage=stage, pool=pool, concurrency=concurrency, process=process)
+    return WorkerProcess(name=name, **vars(new), process=record)
 
 
 def _stop(state_dir: Path, workers: Collection[WorkerProcess], *, grace_s: float) -> list[str]:
@@ -117,7 +175,8 @@ def _running(state_dir: Path) -> list[WorkerProcess]:
 
 
 def _from_json(written: dict[str, Any]) -> WorkerProcess:
-    return WorkerProcess(**{**written, "process": ProcessRecord(**written["process"])})
+    selectors = {name: tuple(written.get(name, ())) for name in ("select", "skip")}
+    return WorkerProcess(**{**written, **selectors, "process": ProcessRecord(**written["process"])})
 
 
 def _write(state_dir: Path, workers: Collection[WorkerProcess]) -> None:

@@ -39,6 +39,9 @@ _JOB_FIELDS = dict.fromkeys(
         "due_at",
         "reason",
         "waits_for",
+        "order_key",
+        "queues_for",
+        "has_turn",
     ),
     1,
 )
@@ -59,13 +62,15 @@ class RunFlags:
     leaving: frozenset[str]
     #: Whole seed batches that are not closed: nothing of them may start.
     hidden: frozenset[str]
+    #: Seed batches that are being closed: part of them may start.
+    closing: frozenset[str]
 
 
 def flags(store: Store, run: str, session: Session | None = None) -> RunFlags:
     """The flags of a run, which must be there."""
     with translated(store):
         manifest = store.db.run_manifests.find_one({"_id": run}, session=session) or {}
-        query = {"run": run, "state": {"$in": ["open", "interrupted", "removing"]}}
+        query = {"run": run, "state": {"$in": ["open", "interrupted", "removing", "closing"]}}
         batches = list(store.db.seed_batches.find(query, session=session))
     cancelled = manifest.get("cancelled_at") is not None
     return RunFlags(
@@ -74,7 +79,8 @@ def flags(store: Store, run: str, session: Session | None = None) -> RunFlags:
         awaits_definition=manifest.get("awaits_definition") is not None,
         corrections=manifest.get("corrections", 0),
         leaving=frozenset(row["_id"] for row in batches if row["state"] == "removing"),
-        hidden=frozenset(row["_id"] for row in batches if row["whole"]),
+        hidden=frozenset(row["_id"] for row in batches if row["whole"] and row["state"] != "closing"),
+        closing=frozenset(row["_id"] for row in batches if row["state"] == "closing"),
     )
 
 

@@ -62,6 +62,7 @@ class Store:
 
     def __init__(self, url: str, *, process: str = "") -> None:
         self.address = redact(url)
+        self._url = url
         try:
             self._client: MongoClient[Document] = MongoClient(
                 url,
@@ -74,7 +75,7 @@ class Store:
                 tz_aware=True,
             )
             database = self._client.get_default_database("pipeline_app")
-        except (InvalidURI, ConfigurationError, ValueError) as exc:
+        except (InvalidURI, ConfigurationError, ValueError, OSError) as exc:  # OSError: a file of TLS
             raise UsageError(f"MONGODB_URL is not a MongoDB URL: {redact(str(exc))}") from exc
         #: Majority and journaled.
         self.db: Database[Document] = database.with_options(codec_options=_SAFE_CODECS, write_concern=_DURABLE)
@@ -170,6 +171,31 @@ class Store:
             if found:
                 self._client.admin.command("killSessions", [{"id": session} for session in found])
         return len(found)
+
+    def ask(self, command: Document, *, database: str = "admin") -> Document:
+        """The server's answer to an administrative command. Raises StoreError, also if our user may not ask."""
+        with translated(self):
+            return self._client[database].command(command)
+
+    def other_database(self, name: str) -> Database[Document]:
+        """A database that is not ours, to be read."""
+        return self._client[name]
+
+    def members(self) -> list[tuple[str, int]]:
+        """Addresses of the members of the replica set, as far as they are known by now."""
+        return sorted((host, port or 27017) for host, port in self._client.nodes)
+
+    def url_of(self, host: str, port: int) -> str:
+        """The URL of one member alone, with our user and options."""
+        scheme, _, rest = self._url.partition("://")
+        authority, slash, path = rest.partition("/")
+        path, _, query = path.partition("?")
+        user, at, _ = authority.rpartition("@")
+        others = ("replicaset=", "directconnection=")
+        options = [part for part in query.split("&") if part and not part.lower().startswith(others)]
+        if scheme == "mongodb+srv":
+            options = ["tls=true", *options]
+        return f"mongodb://{user}{at}{host}:{port}{slash or '/'}{path}?{'&'.join([*options, 'directConnection=true'])}"
 
     def close(self) -> None:
         """End the connections."""

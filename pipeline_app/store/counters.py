@@ -11,6 +11,7 @@ from datetime import datetime
 
 from pymongo import DeleteMany, UpdateOne
 
+from pipeline_app.domain.states import AT_REST, JobState
 from pipeline_app.store.client import Document, Session, Store, translated
 
 #: Name of the process into whose document those of ended ones are folded.
@@ -26,6 +27,17 @@ def totals(store: Store, run: str, session: Session | None = None) -> dict[str, 
             for key, number in _flat(row).items():
                 stage[key] = stage.get(key, 0) + number
     return sums
+
+
+def unfinished(store: Store, run: str) -> int:
+    """Jobs of a run that are not at rest."""
+    states = [state for state in JobState if state not in AT_REST]
+    sums = {state: {"$sum": f"$states.{state}"} for state in states}
+    steps: list[Document] = [{"$match": {"run": run}}, {"$group": {"_id": None, **sums}}]
+    # At one instant: jobs on their way from one counter to another would be in neither, or in both.
+    with store.snapshot() as session:
+        rows = list(store.db.run_counters.aggregate(steps, session=session))
+    return sum(row[state] for row in rows for state in states)
 
 
 def of_operation(store: Store, run: str, operation: str) -> dict[str, int]:

@@ -29,10 +29,13 @@ def since(store: Store, run: str, after: ObjectId | None, limit: int) -> list[Do
         return list(store.db.pipeline_events.find(query).sort("_id", 1).limit(limit))
 
 
-def of_batch(store: Store, batch: str) -> Document | None:
-    """The first event of a seed batch that is being taken back; None if none is left."""
+def of_batch(store: Store, batch: str, after: ObjectId | None = None) -> Document | None:
+    """The first event of a seed batch, or the first after that one; None if there is none. They have all its jobs."""
+    query: Document = {"batch": batch}
+    if after is not None:
+        query["_id"] = {"$gt": after}
     with translated(store):
-        return store.db.pipeline_events.find_one({"batch": batch}, sort=[("_id", 1)])
+        return store.db.pipeline_events.find_one(query, sort=[("_id", 1)])
 
 
 def delete(store: Store, event: ObjectId) -> None:

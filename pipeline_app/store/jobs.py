@@ -28,7 +28,7 @@ CLAIM_FIELDS = {
 }
 
 #: Fields that only a job in the store's keeping has; whoever moves it on takes them away.
-PARKED_FIELDS = ("due_at", "reason", "waits_for")
+PARKED_FIELDS = ("due_at", "reason", "waits_for", "queues_for")
 
 #: Jobs that one step of a walk looks at, at most.
 WALK = 5000
@@ -47,6 +47,7 @@ def document(
     expires_at: datetime | None,
     seq: int,
     priority: int = 0,
+    order_key: str | None = None,
 ) -> Document:
     """A new job, in no state yet: whoever seeds it says whether it is pending or waiting."""
     row: Document = {
@@ -72,6 +73,8 @@ def document(
     }
     if expires_at is not None:
         row["expires_at"] = expires_at
+    if order_key is not None:
+        row["order_key"] = order_key
     return row
 
 

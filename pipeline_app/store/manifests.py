@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from pymongo.errors import DuplicateKeyError
 
+from pipeline_app.domain.partition import ORDER_PARTITIONS
 from pipeline_app.errors import NotFoundError, RunExistsError
 from pipeline_app.store.client import Document, Store, translated
 
 
 def create(
-    store: Store, run: str, *, pipeline: str, definition: Document, hash: str, then: Sequence[Document]
+    store: Store,
+    run: str,
+    *,
+    pipeline: str,
+    definition: Document,
+    hash: str,
+    then: Sequence[Document],
+    bound: int | None = None,
+    order_partitions: int = ORDER_PARTITIONS,
 ) -> Document:
     """Make a run. Raises RunExistsError."""
     manifest = {
@@ -21,6 +31,8 @@ def create(
         "definition": definition,
         "hash": hash,
         "then": list(then),
+        "bound": bound,
+        "order_partitions": order_partitions,
         "created_at": store.now(),
         "cancelled_at": None,
         "cancel_done": False,
@@ -103,6 +115,25 @@ def renew_batch(store: Store, batch: str, *, jobs: int, lease_s: float) -> None:
     change = {"jobs": jobs, "lease_until": {"$add": ["$$NOW", int(lease_s * 1000)]}}
     with translated(store):
         store.db.seed_batches.update_one({"_id": batch, "state": {"$in": ["open", "interrupted"]}}, [{"$set": change}])
+
+
+def note_keyed(store: Store, batch: str) -> None:
+    """Jobs with an order key come into it."""
+    with translated(store):
+        store.db.seed_batches.update_one({"_id": batch}, {"$set": {"keyed": True}})
+
+
+def is_keyed(store: Store, batch: str) -> bool:
+    """Whether jobs with an order key came into it."""
+    with translated(store):
+        return store.db.seed_batches.find_one({"_id": batch, "keyed": True}, {"_id": 1}) is not None
+
+
+def note_waiting(store: Store, batch: str, since: datetime | None) -> None:
+    """Since when the seeder waits for room under the run's bound; None if it does not. To be seen by people."""
+    change = {"$unset": {"waits_since": ""}} if since is None else {"$set": {"waits_since": since}}
+    with translated(store):
+        store.fast.seed_batches.update_one({"_id": batch}, change)
 
 
 def set_batch(store: Store, batch: str, state: str, *, expected: Sequence[str], **fields: Any) -> bool:

@@ -144,6 +144,20 @@ def claimed(store: Store, **match: object) -> list[Document]:
         return list(store.db.messages.find({"state": MessageState.CLAIMED, "worker": {"$exists": True}, **match}))
 
 
+def open_counts(store: Store, queues: Collection[str], most: int) -> dict[str, int]:
+    """How many open messages each of these queues has, counted up to `most`; queues without any are left out."""
+    few = [{"$match": {"state": MessageState.OPEN}}, {"$limit": most}, {"$project": {"_id": 1}}]
+    steps: list[Document] = [
+        {"$match": {"_id": {"$in": list(queues)}}},
+        # A few index entries for each queue, however many messages there are.
+        {"$lookup": {"from": "messages", "localField": "_id", "foreignField": "queue", "pipeline": few, "as": "found"}},
+        {"$project": {"open": {"$size": "$found"}}},
+        {"$match": {"open": {"$gt": 0}}},
+    ]
+    with translated(store):
+        return {row["_id"]: row["open"] for row in store.db.partitions.aggregate(steps)}
+
+
 def released(store: Store, keeper: str) -> list[Document]:
     """What a hold or a throttle let go and nobody has claimed yet: run, stage, partition, jobs, created_at."""
     query = {"released_by": keeper, "state": MessageState.OPEN}

@@ -45,6 +45,10 @@ INDEXES: dict[str, list[IndexModel]] = {
             name="waits_for",
             partialFilterExpression={"waits_for": {"$exists": True}},
         ),
+        # Jobs that wait for their turn, in order: who is the next of each is read without looking at the others.
+        _index("queues_for", "seq", "_id", name="queue", partialFilterExpression={"queues_for": {"$exists": True}}),
+        # Jobs whose turn it is: those at rest among them have to pass it on.
+        _index("state", name="turn", partialFilterExpression={"has_turn": True}),
         # Dead letters in the order of their deaths; nothing else is in it.
         _index("run", "updated_at", "_id", name="dead", partialFilterExpression={"state": JobState.DEAD_LETTERED}),
     ],
@@ -58,6 +62,8 @@ INDEXES: dict[str, list[IndexModel]] = {
         _index("batch", name="draft", partialFilterExpression={"state": MessageState.DRAFT}),
         _index("closed_at", name="closed", expireAfterSeconds=CLOSED_MESSAGES_S),
     ],
+    # Turns that have to be looked at.
+    "turns": [_index("due", name="due", partialFilterExpression={"due": {"$exists": True}})],
     "job_outputs": [],
     "job_attempts": [
         # Successes are read by _id only; the failures are what people look for.

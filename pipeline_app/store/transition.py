@@ -17,8 +17,10 @@ from bson import ObjectId
 from pymongo import UpdateMany, UpdateOne
 from pymongo.errors import BulkWriteError
 
-from pipeline_app.domain.states import JobState, MessageState
+from pipeline_app.domain.states import AT_REST, JobState, MessageState
+from pipeline_app.store import turns
 from pipeline_app.store.client import Document, Session, Store
+from pipeline_app.store.turns import Pass
 
 #: Counters of a seed batch are named by it, so that they can be taken back with it.
 SEED_PREFIX = "seed:"
@@ -75,6 +77,12 @@ class Transition:
     manifest_flags: dict[str, Document] = field(default_factory=dict)
     #: The plan is a step of this operation, and happens only once.
     step: Step | None = None
+    #: Turns that jobs of `new_jobs` and `moves` come to wait for.
+    wake: set[str] = field(default_factory=set)
+    #: Turns that jobs of `moves` are given, or that nobody waits for any more.
+    passes: list[Pass] = field(default_factory=list)
+    #: `_id`s of jobs at rest that had them.
+    turns_over: list[str] = field(default_factory=list)
 
     def count(self, place: Place, old: JobState | None, new: JobState | None, number: int) -> None:
         """`number` jobs at `place` leave state `old` and enter `new`."""
@@ -91,17 +99,26 @@ class Transition:
             for key, number in deltas.items():
                 self.counts[place][key] += number
         self.manifest_flags.update(other.manifest_flags)
+        self.wake |= other.wake
 
 
 class NotFittingError(Exception):
     """What is stored is not what the plan took for granted; nothing of it was done."""
 
-    def __init__(self, *, messages: frozenset[str] = frozenset(), jobs: frozenset[str] = frozenset()) -> None:
-        super().__init__(f"{len(messages)} messages and {len(jobs)} jobs moved on")
+    def __init__(
+        self,
+        *,
+        messages: frozenset[str] = frozenset(),
+        jobs: frozenset[str] = frozenset(),
+        turns: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(f"{len(messages)} messages, {len(jobs)} jobs and {len(turns)} turns moved on")
         #: Messages that are not claimed by the plan's token, or, of those to be withdrawn, not open.
         self.messages = messages
         #: `_id`s of jobs whose guard failed.
         self.jobs = jobs
+        #: Turns that were looked at, woken or passed on by others.
+        self.turns = turns
 
 
 class OperationMovedOnError(Exception):
@@ -130,6 +147,7 @@ def _apply(store: Store, session: Session, plan: Transition) -> None:
     _close(store, session, plan)
     _withdraw(store, session, plan)
     _go_on(store, session, plan)
+    _take_turns(store, session, plan)
     _move(store, session, plan)
     for name, documents in (
         ("job_states", plan.new_jobs),
@@ -203,6 +221,17 @@ def _go_on(store: Store, session: Session, plan: Transition) -> None:
     result = store.db.operations.update_one({"_id": step.operation, **step.guard}, change, session=session)
     if result.matched_count == 0:
         raise OperationMovedOnError(step.operation)
+
+
+def _take_turns(store: Store, session: Session, plan: Transition) -> None:
+    turns.wake(store, session, plan.wake, plan.now)
+    moved_on = turns.carry_out(store, session, plan.passes)
+    if moved_on:
+        raise NotFittingError(turns=moved_on)
+    if plan.turns_over:
+        # Apart from the moves: to pass a turn on is nothing that happens to the job that had it.
+        over = {"_id": {"$in": plan.turns_over}, "state": {"$in": sorted(AT_REST)}}
+        store.db.job_states.update_many(over, {"$unset": {"has_turn": ""}}, session=session)
 
 
 def _move(store: Store, session: Session, plan: Transition) -> None:

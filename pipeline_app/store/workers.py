@@ -5,7 +5,7 @@ Leases end by MongoDB's own clock (`$$NOW`), so that the clocks of the machines 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from pymongo import ReturnDocument
@@ -16,6 +16,8 @@ from pipeline_app.store.client import Document, Store, translated
 LEASE_S = 10.0
 #: Seconds between two signs of life.
 RENEW_S = 2.0
+#: How a worker is asked to stop: what it runs may end; or it gives everything back at once.
+WARM, NOW = "warm", "now"
 #: The signal that what stops jobs has changed: a hold, a pause, a throttle, a cancelled run.
 FLAGS = "flags"
 
@@ -59,6 +61,22 @@ def end_stale(store: Store, worker: str) -> bool:
             [{"$set": {"state": "stale", "ended_at": "$$NOW"}}],
         )
         return result.matched_count == 1
+
+
+def request_stop(store: Store, workers: Sequence[str], how: str) -> None:
+    """Ask these workers to stop, WARM or NOW; what was asked NOW is not taken back. Those that have ended stay so."""
+    open_ones = {"_id": {"$in": list(workers)}, "ended_at": None, "stop": {"$ne": NOW}}
+    with translated(store):
+        store.db.workers.update_many(
+            open_ones, [{"$set": {"state": "stop_requested", "stop": how, "stop_requested_at": "$$NOW"}}]
+        )
+
+
+def stop_wanted(store: Store, worker: str) -> str | None:
+    """How that worker was asked to stop; None if it was not."""
+    with translated(store):
+        row = store.db.workers.find_one({"_id": worker}, {"stop": 1})
+    return None if row is None else row.get("stop")
 
 
 def expired(store: Store) -> list[Document]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kombu import Connection
-from kombu.exceptions import KombuError
 
 from pipeline_app.settings import redact
-from pipeline_app.transport.publisher import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, broker_error
+from pipeline_app.transport.connecting import broker_error, client_errors, connect
+from pipeline_app.transport.publisher import ANSWER_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,22 @@ def depths(url: str, queues: Sequence[str]) -> dict[str, Depth]:
     """
     if not queues:
         return {}
-    with Connection(url, connect_timeout=CONNECT_TIMEOUT_S, heartbeat=0) as connection:
-        errors = (OSError, KombuError, *connection.connection_errors)
+    with connect(url) as connection:
         try:
-            connection.ensure_connection(max_retries=1, timeout=CONNECT_TIMEOUT_S)
             if connection.transport.driver_type == "mongodb":
-                channel = connection.channel()
-                return {name: Depth(ready=channel._size(name), consumers=None) for name in queues}
+                return _count(connection, queues)
             return _declare_passively(connection, queues)
-        except errors as exc:
+        except client_errors(connection) as exc:
             raise broker_error(redact(url), exc) from exc
+
+
+def _count(connection: Connection, queues: Sequence[str]) -> dict[str, Depth]:
+    channel = connection.channel()
+    try:
+        return {name: Depth(ready=channel._size(name), consumers=None) for name in queues}
+    finally:
+        # kombu leaves its client, and the threads of that, to the garbage collector.
+        channel.client.client.close()
 
 
 def _declare_passively(connection: Connection, queues: Sequence[str]) -> dict[str, Depth]:

@@ -15,16 +15,18 @@ from typing import Any
 
 from celery import Celery, signals
 from kombu import Connection, Queue
-from kombu.exceptions import KombuError, OperationalError
 from kombu.serialization import dumps
 
-from pipeline_app.errors import BrokerError
+from pipeline_app.errors import BrokerError, QueueRefusedError
 from pipeline_app.settings import redact
+from pipeline_app.transport.connecting import broker_error, client_errors, connect
 from pipeline_app.transport.topology import parked_queue
 
 #: The broker answers within this, or the connection is given up.
 ANSWER_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 3.0
+#: After a second failed connection in a row nobody tries again for this long, each time twice as long, at most
+#: LONGEST_PAUSE_S: whoever publishes meanwhile hears at once that it is away.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 3.0
 #: Messages that wait for their confirm at the same time.
 IN_FLIGHT = 500
 
@@ -62,6 +64,10 @@ class Publisher:
         self._unconfirmed: dict[int, Envelope] = {}
         self._returned: list[str] = []
         self._next_tag = 1
+        #: The last attempt to connect, if it failed; how long the one after the next waits, and the next until when.
+        self._away: BrokerError | None = None
+        self._pause = 0.0
+        self._not_before = 0.0
 
     def publish(self, envelopes: Sequence[Envelope]) -> None:
         """Publish all and return when the broker has taken responsibility for every one.
@@ -88,7 +94,7 @@ class Publisher:
         try:
             self._app.signature(signature).apply_async(args, task_id=task_id, chain=list(chain) or None)
         except Exception as exc:
-            if not isinstance(exc, _client_errors(self._app.connection_for_write())):
+            if not isinstance(exc, client_errors(self._app.connection_for_write())):
                 raise
             raise broker_error(self.address, exc) from exc
 
@@ -97,20 +103,17 @@ class Publisher:
 
         Raises BrokerError.
         """
-        # A connection of its own: the app's pool would be the first to hang on a broker that is gone.
-        options = {"max_retries": 0, "read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S}
-        with Connection(self._url, connect_timeout=CONNECT_TIMEOUT_S, transport_options=options) as connection:
+        # A connection of its own, for the question as well as for answers: the app's pool, which Celery would ask by,
+        # would be the first to hang on a broker that is gone.
+        with connect(self._url, max_retries=0, **_time_limits()) as connection:
+            mailbox = self._app.control.mailbox(connection)
+            mailbox.producer_pool = None
             try:
-                found = self._app.control.broadcast(
-                    command,
-                    arguments=arguments,
-                    connection=connection,
-                    reply=answers > 0,
-                    limit=answers or None,
-                    timeout=timeout_s,
+                found = mailbox._broadcast(
+                    command, arguments, reply=answers > 0, timeout=timeout_s, limit=answers or None
                 )
             except Exception as exc:
-                if not isinstance(exc, _client_errors(connection)):
+                if not isinstance(exc, client_errors(connection)):
                     raise
                 raise broker_error(self.address, exc) from exc
         return len(found or ())
@@ -118,6 +121,7 @@ class Publisher:
     def ping(self) -> None:
         """Connect. Raises BrokerError within seconds if the broker does not answer."""
         with self._lock, self._guarded():
+            self._not_before = 0.0
             self._ready()
 
     def close(self) -> None:
@@ -139,7 +143,8 @@ class Publisher:
         if self._returned:
             # The queue was deleted behind our back: forget what we declared, so that the next call makes it again.
             self._drop()
-            raise BrokerError(f"the broker has no queue for {len(self._returned)} messages ({self._returned[0]})")
+            what = f"{len(self._returned)} messages ({self._returned[0]})"
+            raise QueueRefusedError(f"RabbitMQ at {self.address} has no queue for {what}")
 
     def _send(self, channel: Any, envelope: Envelope) -> None:
         headers, properties, body, _ = self._app.amqp.as_task_v2(
@@ -181,17 +186,8 @@ class Publisher:
 
     def _ready(self) -> Any:
         if self._channel is None:
-            connection = Connection(
-                self._url,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                heartbeat=0,
-                transport_options={}
-                if not self._confirms
-                else {"read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S, "max_retries": 0},
-            )
-            self._connection = connection
-            connection.connect()
-            self._channel = connection.channel()
+            self._connection = self._connect()
+            self._channel = self._connection.channel()
             parked_queue(self._queue_type)(self._channel).declare()
             if self._confirms:
                 self._channel.confirm_select()
@@ -199,6 +195,19 @@ class Publisher:
                 self._channel.events["basic_nack"].add(self._on_nack)
                 self._channel.events["basic_return"].add(self._on_return)
         return self._channel
+
+    def _connect(self) -> Connection:
+        if self._away is not None and time.monotonic() < self._not_before:
+            raise BrokerError(self._away.message, hint=self._away.hint)
+        try:
+            connection = connect(self._url, **(_time_limits() if self._confirms else {}))
+        except BrokerError as exc:
+            self._away = exc.with_traceback(None)
+            self._not_before = time.monotonic() + self._pause
+            self._pause = min(max(self._pause * 2, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+            raise
+        self._away, self._pause = None, 0.0
+        return connection
 
     def _declare(self, channel: Any, queue: Queue) -> None:
         if queue.name not in self._declared:
@@ -210,7 +219,7 @@ class Publisher:
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
         self._settle(tag, multiple)
-        raise OperationalError("the broker refused a message (queue full, or a node went down)")
+        raise QueueRefusedError(f"RabbitMQ at {self.address} refused a message: its queue is full, or a node went down")
 
     def _settle(self, tag: int, multiple: bool) -> None:
         if not multiple:
@@ -229,9 +238,9 @@ class Publisher:
         try:
             yield
         except Exception as exc:
-            known = _client_errors(self._connection)
+            known = client_errors(self._connection)
             self._drop()
-            if not isinstance(exc, known):
+            if isinstance(exc, BrokerError) or not isinstance(exc, known):
                 raise
             raise broker_error(self.address, exc) from exc
 
@@ -245,21 +254,6 @@ class Publisher:
             connection.collect(socket_timeout=1)
 
 
-def _client_errors(connection: Connection | None) -> tuple[type[BaseException], ...]:
-    """What the broker's client raises because of the broker; everything else is a bug."""
-    known: tuple[type[BaseException], ...] = (OSError, KombuError)
-    return known if connection is None else (*known, *connection.connection_errors, *connection.channel_errors)
-
-
-def broker_error(address: str, exc: BaseException) -> BrokerError:
-    """What happened at the broker, in words that say what to do."""
-    text = redact(str(exc)) or type(exc).__name__
-    if getattr(exc, "reply_code", None) == 406:
-        return BrokerError(
-            f"RabbitMQ at {address} has a queue that was declared otherwise: {text}",
-            hint="set queue_type to what it is, or delete the queue: the sweep publishes its messages again",
-        )
-    return BrokerError(
-        f"RabbitMQ at {address} does not answer: {text}",
-        hint="check AMQP_URL, or start local services with: pipeline-app up",
-    )
+def _time_limits() -> dict[str, float]:
+    """Options of a connection on which nothing waits for ever."""
+    return {"read_timeout": ANSWER_TIMEOUT_S, "write_timeout": ANSWER_TIMEOUT_S}

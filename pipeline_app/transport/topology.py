@@ -51,9 +51,9 @@ def idle_queue(queue_type: str) -> Queue:
     return Queue(IDLE_QUEUE, EXCHANGE, routing_key=IDLE_QUEUE, durable=True, queue_arguments=arguments)
 
 
-def plain_queue(name: str) -> Queue:
-    """A queue as Celery would make it, for tasks that are not stages."""
-    return Queue(name)
+def plain_queue(name: str, queue_type: str) -> Queue:
+    """A queue as Celery makes it, for tasks that are not stages: other applications declare it, too, in their way."""
+    return Queue(name, queue_arguments={"x-queue-type": queue_type} if queue_type == "quorum" else None)
 
 
 class HintRouter:

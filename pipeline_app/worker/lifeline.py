@@ -1,8 +1,9 @@
 """A worker's lease, kept by a thread of its main process, and what its processes share.
 
 The thread renews the lease for as long as the process lives, however long handlers run, and tells the rest of the
-process whether the store answers, which partitions there are, and that flags (a cancelled run) have changed. The
-children of a prefork pool see no remote control: they read the version and the incarnation from shared memory.
+process whether the store answers, which partitions there are, and that flags (a cancelled run) have changed. It stops
+the worker when its record asks for that, by the signals that a person on this machine would send. The children of a
+prefork pool see no remote control: they read the version and the incarnation from shared memory.
 
 Under gevent the thread is a greenlet like everything else (a thread of the system would share gevent's locks, logging's
 first, with a hub that is not its own): a handler that does not yield for LEASE_S costs the worker its lease there.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 #: How often the thread looks for what has changed.
 TICK_S = 0.5
-#: How often it looks for new partitions.
+#: How often it looks for new partitions, and whether the worker is to stop.
 PARTITIONS_S = 1.0
 
 
@@ -39,6 +41,8 @@ class Shared:
         self._names = [RawArray("c", 128), RawArray("c", 128)]
         self._current = RawValue("i", 0)
         self._version = RawValue("q", -1)
+        self._stopping = RawValue("b", 0)
+        self._leased_at = RawValue("d", 0.0)
         self.incarnation = new_incarnation()
 
     @property
@@ -62,6 +66,24 @@ class Shared:
     def version(self, version: int) -> None:
         self._version.value = version
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker was told to stop: from then on nothing is begun."""
+        return bool(self._stopping.value)
+
+    def stop(self) -> None:
+        """From now on nothing is begun."""
+        self._stopping.value = 1
+
+    @property
+    def leased(self) -> bool:
+        """Whether the lease can still be valid. It is not in a process that stood still for longer than a lease."""
+        return bool(time.monotonic() - self._leased_at.value < workers.LEASE_S)
+
+    def lease_begins(self, asked_at: float) -> None:
+        """The lease was renewed when somebody asked for it at that time of the monotonic clock, or later."""
+        self._leased_at.value = asked_at
+
 
 class Lifeline:
     """Keeps a worker registered. `describe` gives the fields of its record that are not the lease's own."""
@@ -76,6 +98,10 @@ class Lifeline:
         self._stopped = False
         self._registered = False
         self._running = False
+        #: Signals that were sent because the record asked for it.
+        self._signals = 0
+        #: Called each second with the thread's own client, as long as the store answers. May raise StoreError.
+        self.each_second: list[Callable[[Store], None]] = []
         #: Whether the store answered lately; while it does not, nothing is consumed.
         self.healthy = False
         #: Partition documents, as they were when the store last answered.
@@ -132,21 +158,44 @@ class Lifeline:
         self._shared.version = workers.version(store, workers.FLAGS)
         if ticks % round(PARTITIONS_S / TICK_S) == 0:
             self.partitions = partitions.of_pipelines(store, self._pipelines)
+            self._obey(workers.stop_wanted(store, self._shared.incarnation))
+            for call in self.each_second:
+                call(store)
         self.healthy = True
 
+    def _obey(self, wanted: str | None) -> None:
+        """Stop the worker as its record asks. A second signal ends what runs: never send one too many."""
+        if wanted is None:
+            return
+        if self._signals == 0:
+            self._signals = 1
+            if not self._shared.stopping:
+                logger.info("asked to stop (%s): worker=%s", wanted, self._shared.incarnation)
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif self._signals == 1 and wanted == workers.NOW:
+            self._signals = 2
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _renew(self, store: Store) -> None:
-        fields = {"rss_bytes": _memory_of_tree()}
+        asked_at = time.monotonic()
+        fields: Document = {"rss_bytes": memory_of_tree()}
+        if self._shared.stopping:
+            fields["state"] = "stop_requested"
         if self._registered and workers.renew(store, self._shared.incarnation, fields):
+            self._shared.lease_begins(asked_at)
             return
         if self._registered:
+            # What was asked of the old incarnation is meant for the process.
+            self._obey(workers.stop_wanted(store, self._shared.incarnation))
             # The sweep gave our work to others: what runs now is refused, what is claimed from here on is ours again.
             self._shared.incarnation = new_incarnation()
             logger.warning("the lease had ended; new incarnation: worker=%s", self._shared.incarnation)
         workers.register(store, self._shared.incarnation, {**self._describe(), **fields})
+        self._shared.lease_begins(asked_at)
         self._registered = True
 
 
-def _memory_of_tree() -> int:
+def memory_of_tree() -> int:
     """Resident bytes of this process and its children."""
     me = psutil.Process(os.getpid())
     total = 0

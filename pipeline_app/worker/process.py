@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline_app.domain.partition import DEFAULT, queue_name
+import psutil
+
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.flow.give_back import give_back
-from pipeline_app.runtime import Runtime
+from pipeline_app.runtime import VERSION, Runtime
+from pipeline_app.settings import WORKER_LOG
 from pipeline_app.store import messages
 from pipeline_app.store.client import Document
+from pipeline_app.worker.backlog import THREADS, Backlog, backlog_of
 from pipeline_app.worker.janitor import Janitor
 from pipeline_app.worker.lifeline import Lifeline, Shared
 from pipeline_app.worker.selection import Selection
+from pipeline_app.worker.stopping import Stopping
 
 logger = logging.getLogger(__name__)
+
+PREFORK = "celery.concurrency.prefork"
+#: Handlers in children have this long to clean up after a stop at once.
+CHILD_PATIENCE_S = 0.7
+#: A duty of the sweep that is under way when the worker leaves has this long to end.
+LEADER_PATIENCE_S = 2.0
 
 
 class WorkerProcess:
@@ -32,23 +44,39 @@ class WorkerProcess:
         self.shared = shared
         self.pipelines = pipelines
         self.runtime = runtime
-        self.janitor = Janitor(runtime)
+        self.janitor = Janitor(runtime, shared)
+        self.stopping = Stopping(shared, self.leave_now)
         self.lifeline: Lifeline | None = None
         self.selection = Selection(None, pipelines)
+        self.backlog = Backlog()
         #: Called once when the worker is up, and once before it leaves: the sweep.
         self.on_up: list[Callable[[], None]] = []
         self.on_leave: list[Callable[[], None]] = []
         #: Handlers at once in a pool of threads; None for other pools.
         self.slots: int | None = None
+        self._consumer: Any = None
         self._pid = os.getpid()
+        self._leaving = threading.Lock()
         self._left = False
+        #: Whether everything was given back.
+        self._said_goodbye = False
 
     def tune(self, consumer: Any) -> None:
-        """Let the threads pool record one message while it handles the next; before its first task."""
-        if type(consumer.pool).__module__ != "celery.concurrency.thread":
-            return
-        self.slots = consumer.pool.limit
-        consumer.pool.executor = ThreadPoolExecutor(max_workers=max(consumer.initial_prefetch_count, self.slots))
+        """Bring the pool to what stages need, before its first task."""
+        self._consumer = consumer
+        pool = consumer.pool
+        if type(pool).__module__ == THREADS:
+            # More threads than slots: they record one message while they handle the next.
+            self.slots = pool.limit
+            threads = max(consumer.initial_prefetch_count, self.slots)
+            pool.executor = ThreadPoolExecutor(max_workers=threads)
+            self.backlog = backlog_of(consumer, lambda: threads)
+        else:
+            self.backlog = backlog_of(consumer, lambda: int(pool.num_processes))
+
+    def slots_of(self, consumer: Any) -> int:
+        """Handlers that may run at once."""
+        return self.slots or int(consumer.pool.num_processes)
 
     def up(self, consumer: Any) -> None:
         """Register, after the pool was forked and before anything is consumed."""
@@ -58,40 +86,80 @@ class WorkerProcess:
         record = self._record(consumer)
         self.lifeline = Lifeline(rt.settings.mongodb_url, self.shared, list(self.pipelines), lambda: record)
         self.lifeline.start()
+        self.stopping.watch(consumer)
         atexit.register(self.leave)
         for start in self.on_up:
             start()
 
     def leave(self, **_: Any) -> None:
         """Give back what is still claimed and close the record. Once, in the main process, whatever ended it."""
-        if self._left or self.lifeline is None or os.getpid() != self._pid:
+        if self.lifeline is None or os.getpid() != self._pid:
             return
-        self._left = True
-        for stop in self.on_leave:
-            stop()
-        self.janitor.drain(5.0)
+        # Who comes second waits for the first: the process may end once this has returned.
+        with self._leaving:
+            if self._left:
+                return
+            self._left = True
+            self.shared.stop()
+            stops = [threading.Thread(target=stop, daemon=True) for stop in self.on_leave]
+            for thread in stops:
+                thread.start()
+            self.janitor.drain(5.0)
+            self._said_goodbye = self._give_back(self.lifeline)
+            for thread in stops:
+                thread.join(LEADER_PATIENCE_S)
+
+    def leave_now(self) -> bool:
+        """The same although handlers run, which is no loss of theirs. Whether everything was given back."""
+        self.janitor.close()
+        if type(self._consumer.pool).__module__ == PREFORK:
+            end_children(self._consumer.pool)
+        self.leave()
+        return self._said_goodbye
+
+    def _give_back(self, lifeline: Lifeline) -> bool:
         rt = self.runtime()
+        fresh: list[Document] = []
         try:
             for row in messages.claimed(rt.store, worker=self.shared.incarnation):
                 logger.info("giving back: message=%s", row["_id"])
-                publish_or_leave(rt, give_back(rt, row, lost=None))
-            self.lifeline.end(rt.store)
+                fresh.extend(give_back(rt, row, lost=None))
+            publish_or_leave(rt, fresh)
+            lifeline.end(rt.store)
         except StoreError as exc:
             logger.warning("could not say goodbye, the lease will end: %s", exc)
+            return False
+        return True
 
     def _record(self, consumer: Any) -> Document:
         pool = type(consumer.pool).__module__.rpartition(".")[2]
+        select, skip = self.selection.selectors.written()
         return {
             "worker": consumer.hostname,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pool": {"thread": "threads"}.get(pool, pool),
             "concurrency": consumer.pool.num_processes if pool != "solo" else 1,
-            "queues": sorted({queue_name(*pair, DEFAULT) for pair in self.selection.stages} | self.selection.exact),
+            "queues": sorted(self.selection.named),
             "stages": sorted(f"{pipeline}.{stage}" for pipeline, stage in self.selection.stages),
-            "select": [],
-            "skip": [],
+            "select": select,
+            "skip": skip,
+            "log": os.environ.get(WORKER_LOG) or consumer.controller.logfile,
+            "version": VERSION,
             "definitions": sorted(pipeline.hash for pipeline in self.pipelines.values()),
             "state": "running",
             "ended_at": None,
         }
+
+
+def end_children(pool: Any) -> None:
+    """End the children of a prefork pool: first by a signal that lets handlers clean up, soon by one that does not."""
+    children = []
+    for child in list(pool._pool._pool) if pool._pool is not None else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children.append(psutil.Process(child.pid))
+    for signal_name, patience_s in (("terminate", CHILD_PATIENCE_S), ("kill", 1.0)):
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, signal_name)()
+        _, children = psutil.wait_procs(children, timeout=patience_s)

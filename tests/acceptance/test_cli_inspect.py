@@ -50,6 +50,7 @@ WORKER = {
     "heartbeat_at",
     "running_jobs",
     "rss_bytes",
+    "log",
 }
 
 

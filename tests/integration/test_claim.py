@@ -17,6 +17,7 @@ from pipeline_app.flow import claim
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import messages
 from pipeline_app.worker.janitor import Janitor
+from pipeline_app.worker.lifeline import Shared
 from tests.integration.gate import Gate
 from tests.integration.helpers import (
     NewFlow,
@@ -208,7 +209,7 @@ def test_a_lost_child_takes_no_message_from_a_brother(project: Project) -> None:
     rt = project.runtime(chosen)
     begin(rt, chosen, lines(1))
     (work,) = claimed(rt)
-    janitor = Janitor(lambda: rt)
+    janitor = Janitor(lambda: rt, Shared())
 
     janitor.lost(work.message, WorkerLostError("killed"), os.getpid() + 1)
     janitor.drain(10)

@@ -237,7 +237,7 @@ def test_a_connection_that_died_unnoticed(project: Project, amqp_proxy: Proxy) -
 def test_a_broker_that_is_silent(project: Project, amqp_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a broker that takes bytes and answers nothing, then publishing ends in time, as an error."""
     monkeypatch.setattr("pipeline_app.transport.publisher.ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr("pipeline_app.transport.publisher.CONNECT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("pipeline_app.transport.connecting.CONNECT_TIMEOUT_S", 1.0)
     rt, name = project.runtime(amqp_url=amqp_proxy.address(project.amqp_url)), some_queue()
     rt.publisher.publish(envelopes(name, 1))
     amqp_proxy.freeze()

@@ -24,6 +24,8 @@ chunk = 100
 name = "second"
 handler = "posixpath:dirname"
 losses = 2
+soft_time_limit = "90s"
+time_limit = 120
 retry = { attempts = 5, backoff = "2s", cap = "5m", jitter = 0 }
 """
 
@@ -34,7 +36,12 @@ def expected() -> Pipeline:
         [
             Stage("posixpath:basename", chunk=100),
             Stage(
-                "posixpath:dirname", name="second", losses=2, retry=Retry(attempts=5, backoff="2s", cap="5m", jitter=0)
+                "posixpath:dirname",
+                name="second",
+                losses=2,
+                soft_time_limit="90s",
+                time_limit="2m",
+                retry=Retry(attempts=5, backoff="2s", cap="5m", jitter=0),
             ),
         ],
         partition_by=["kind"],

@@ -184,3 +184,11 @@ def test_run_names_that_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="a run cannot be called") as caught:
         check_run_name(name)
     assert caught.value.hint
+
+
+def test_an_order_key_is_text_like_an_id() -> None:
+    assert as_job_line({"job_id": "a"}, 1).order_key is None
+    assert as_job_line({"job_id": "a", "order_key": 7}, 1).order_key == "7"
+    for wrong in ("", "x" * 201, "a\x00", "\ud800", True, ["a"]):
+        with pytest.raises(BadJobLineError, match=r"job 1: order_key"):
+            as_job_line({"job_id": "a", "order_key": wrong}, 1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline_app.domain.partition import DEFAULT, MAX_KEY, partition_key, queue_name, target_tags
+from pipeline_app.domain.partition import DEFAULT, MAX_KEY, job_partition, partition_key, queue_name, target_tags
 
 # Short texts of the characters that the escape itself uses find collisions; the long ones find the digest's.
 TRICKY = st.text(alphabet="_~-.a5f7e", max_size=6)
@@ -99,3 +99,27 @@ def test_a_tag_called_default_is_not_the_default_partition() -> None:
 def test_queue_names() -> None:
     assert queue_name("survey", "load", DEFAULT) == "survey.load"
     assert queue_name("survey", "load", "kind__test") == "survey.load.kind__test"
+
+
+@given(tags=TAGS, other=TAGS, key=TOKENS, number=st.integers(1, 1000))
+def test_an_order_key_decides_whatever_the_tags_are(
+    tags: dict[str, str], other: dict[str, str], key: str, number: int
+) -> None:
+    partition, shown = job_partition(tags, key, None, number)
+    assert (partition, shown) == job_partition(other, key, ["a"], number)
+    assert partition == f"order-{shown['order_partition']}"
+    assert 0 <= int(shown["order_partition"]) < number
+    # No tags make a queue that is called so.
+    assert partition not in (DEFAULT, partition_key(tags), partition_key(other))
+
+
+def test_order_keys_are_spread_over_all_partitions() -> None:
+    found = [job_partition({}, f"account-{n}", None, 16)[0] for n in range(1600)]
+    assert len(set(found)) == 16
+    assert max(found.count(name) for name in set(found)) < 150
+
+
+@given(tags=TAGS, partition_by=PARTITION_BY)
+def test_without_an_order_key_the_tags_decide(tags: dict[str, str], partition_by: list[str] | None) -> None:
+    expected = (partition_key(tags, partition_by), target_tags(tags, partition_by))
+    assert job_partition(tags, None, partition_by, 16) == expected

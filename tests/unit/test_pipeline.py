@@ -66,6 +66,25 @@ def test_grace_is_a_duration(grace: Any) -> None:
         Stage(load, grace=grace)
 
 
+@pytest.mark.parametrize("limit", [0, -1, "soon", "5x", "10ms", True, float("inf")])
+@pytest.mark.parametrize("name", ["soft_time_limit", "time_limit"])
+def test_time_limits_are_durations(name: str, limit: Any) -> None:
+    with pytest.raises(DefinitionError, match=f"stage load: {name}"):
+        Stage(load, **{name: limit})
+
+
+def test_a_stage_has_the_time_limits_that_it_was_given() -> None:
+    assert (Stage(load).soft_time_limit_s, Stage(load).time_limit_s) == (None, None)
+    stage = Stage(load, soft_time_limit="90s", time_limit="2m")
+    assert (stage.soft_time_limit_s, stage.time_limit_s) == (90.0, 120.0)
+
+
+@pytest.mark.parametrize("soft", ["2m", "3m"])
+def test_the_soft_limit_comes_first(soft: str) -> None:
+    with pytest.raises(DefinitionError, match="stage load: soft_time_limit is not below time_limit"):
+        Stage(load, soft_time_limit=soft, time_limit="2m")
+
+
 @pytest.mark.parametrize("losses", [0, -1, 1.0, "5", None, True])
 def test_losses_bounds(losses: Any) -> None:
     with pytest.raises(DefinitionError, match="stage load: losses is a whole number from 1"):
@@ -126,9 +145,8 @@ def test_the_partition_of_a_job() -> None:
 
 
 def test_the_definition_is_plain_json_and_names_handlers_by_path() -> None:
-    definition = Pipeline(
-        "p", [Stage(load, chunk=7, losses=2, retry=Retry(attempts=1))], partition_by=("a",)
-    ).definition()
+    stage = Stage(load, chunk=7, losses=2, retry=Retry(attempts=1), soft_time_limit="90s", time_limit="2m")
+    definition = Pipeline("p", [stage], partition_by=("a",)).definition()
     assert json.loads(json.dumps(definition)) == definition
     assert definition == {
         "name": "p",
@@ -141,6 +159,8 @@ def test_the_definition_is_plain_json_and_names_handlers_by_path() -> None:
                 "losses": 2,
                 "deferrals": 1000,
                 "grace": 30.0,
+                "soft_time_limit": 90.0,
+                "time_limit": 120.0,
             }
         ],
         "partition_by": ["a"],
@@ -173,6 +193,7 @@ def test_whatever_differs_in_the_definition_differs_in_the_hash(other: Pipeline)
     [
         Pipeline("p", [Stage(load, losses=2), Stage(analyze)]),
         Pipeline("p", [Stage(load, grace="1s"), Stage(analyze)]),
+        Pipeline("p", [Stage(load, soft_time_limit="1s", time_limit="2s"), Stage(analyze)]),
         Pipeline("p", [Stage(load, retry=Retry(attempts=9)), Stage(analyze)]),
     ],
 )

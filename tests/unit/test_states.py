@@ -19,13 +19,11 @@ W, P, R, RW, H, T, D, C = (
 
 #: Every move that is allowed, written out once more by hand.
 ALLOWED = {
-    *((W, new) for new in (P, D, C)),
+    *((W, new) for new in (P, W, H, D, C)),
     *((P, new) for new in (P, W, RW, H, T, D, C)),
     *((RW, new) for new in (P, D, C)),
     *((H, new) for new in (P, D, C)),
-    (T, P),
-    (D, P),
-    (C, P),
+    *((old, new) for old in (T, D, C) for new in (P, W)),
 }
 STORED = [state for state in JobState if state is not JobState.RUNNING]
 
@@ -42,7 +40,8 @@ def test_running_is_never_stored_so_nothing_moves_from_or_to_it() -> None:
 
 
 def test_a_job_at_rest_leaves_only_by_a_replay() -> None:
-    assert {state for state, targets in MOVES.items() if targets == {JobState.PENDING}} == AT_REST
+    replayed = {JobState.PENDING, JobState.WAITING}
+    assert {state for state, targets in MOVES.items() if targets == replayed} == AT_REST
 
 
 def test_from_everywhere_else_a_job_can_come_to_rest() -> None:
@@ -50,9 +49,12 @@ def test_from_everywhere_else_a_job_can_come_to_rest() -> None:
         assert {JobState.DEAD_LETTERED, JobState.CANCELLED} <= MOVES[state]
 
 
-def test_only_a_pending_job_is_completed_or_parked() -> None:
-    for state in set(MOVES) - {JobState.PENDING}:
-        assert not MOVES[state] & (PARKED | {JobState.TERMINAL})
+def test_only_a_pending_job_is_completed() -> None:
+    assert [state for state in MOVES if JobState.TERMINAL in MOVES[state]] == [JobState.PENDING]
+
+
+def test_a_job_that_waits_for_a_time_or_a_hold_is_parked_for_nothing_else() -> None:
+    assert not (MOVES[JobState.RETRY_WAITING] | MOVES[JobState.HELD]) & PARKED
 
 
 def test_a_parked_job_goes_on_through_pending() -> None:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import AT_REST, JobState, MessageState, WaitReason
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import messages, outputs
+from pipeline_app.store import messages, outputs, turns
 from pipeline_app.store.accounts import RunFlags
 from pipeline_app.store.client import Document, Session
 
@@ -27,6 +27,8 @@ class Mend(StrEnum):
     DETACH = "detached"
     #: Jobs that wait for a retry are due.
     DUE = "made_due"
+    #: Jobs wait for their turn, and the turn knows.
+    QUEUE = "queued"
     #: Jobs go through the last stage once more, in a new generation.
     REPLAY = "replayed"
     #: Hints are put into the broker, under the ids that they had.
@@ -69,9 +71,10 @@ def look(
     gone = {needed[name]["_id"] for name in outputs.missing(rt.store, list(needed), session)} if needed else set()
     unfinished = [row for row in rows if row["_id"] in gone and row["state"] == JobState.TERMINAL]
     replays = _replays(rt, plan, unfinished, flags)
+    forgotten = _forgotten(rt, rows, flags, session)
     found: list[Flaw] = []
     for row in rows:
-        flaw = _flaw(row, states.get(row["message"]), flags)
+        flaw = _flaw(row, states.get(row["message"]), flags, is_forgotten=row["_id"] in forgotten)
         if row["_id"] in gone and (flaw is None or flaw.mend is not Mend.DETACH):
             flaw = replays.get(row["_id"]) or _without_input(row, flags)
         if flaw is not None:
@@ -88,17 +91,42 @@ def _runs(row: Document, states: Mapping[str, str]) -> bool:
     return bool(row["state"] == JobState.PENDING and states.get(row["message"]) == MessageState.CLAIMED)
 
 
-def _flaw(row: Document, message_state: str | None, flags: RunFlags) -> Flaw | None:
+def _is_queued(row: Document) -> bool:
+    return bool(row["state"] == JobState.WAITING and row.get("reason") == WaitReason.ORDER and "order_key" in row)
+
+
+def _forgotten(rt: Runtime, rows: Sequence[Document], flags: RunFlags, session: Session | None) -> set[str]:
+    """`_id`s of jobs that wait for their turn, which will never come."""
+    queued = [row for row in rows if _is_queued(row)]
+    wanted = {row["queues_for"] for row in queued if "queues_for" in row}
+    known = turns.by_ids(rt.store, wanted, session) if wanted else {}
+    keys = {row["holder"] for row in known.values() if row["holder"] is not None}
+    holders = turns.holders(rt.store, keys, session) if keys else {}
+    # One that is due is looked at; one that a job has is passed on when that is at rest.
+    alive = {turn for turn, row in known.items() if "due" in row or holders.get(row["holder"], {}).get("has_turn")}
+    may_be_unseen = flags.hidden | flags.closing
+    return {
+        row["_id"]
+        for row in queued
+        if (row["queues_for"] not in alive if "queues_for" in row else row["batch"] not in may_be_unseen)
+    }
+
+
+def _flaw(row: Document, message_state: str | None, flags: RunFlags, *, is_forgotten: bool) -> Flaw | None:
     state, message = row["state"], row["message"]
     if flags.cancelling and state not in AT_REST:
         return None  # the sweep cancels it, wherever it is
     if state != JobState.PENDING and message is not None:
         return Flaw(row=row, detail=f"it is {state} and names message {message}", mend=Mend.DETACH)
     detail = _stranded(row, message_state, flags)
+    if _is_queued(row):
+        detail = "it waits for its turn, which nobody passes on" if is_forgotten else None
     if detail is None:
         return None
     if flags.cancelled:
         return Flaw(row=row, detail=detail, mend=Mend.CANCEL)
+    if _is_queued(row):
+        return Flaw(row=row, detail=detail, mend=Mend.QUEUE)
     return Flaw(row=row, detail=detail, mend=Mend.DUE if state == JobState.RETRY_WAITING else Mend.ENQUEUE)
 
 

@@ -16,10 +16,12 @@ from pipeline_app.control.accounts import flaws, hints
 from pipeline_app.control.accounts.flaws import Flaw, Mend
 from pipeline_app.control.changes.fitting import apply_fitting
 from pipeline_app.control.changes.release import enqueue_parked
+from pipeline_app.control.seed.rows import queue_up
+from pipeline_app.domain.job import turn_id
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState
 from pipeline_app.errors import BrokerError
-from pipeline_app.flow.enqueue import enqueued_state, new_messages
+from pipeline_app.flow.enqueue import enqueued_state, new_messages, queued_state
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import accounts, jobs, transition
@@ -163,20 +165,40 @@ def _plan_enqueue(plan: RunPlan, whole: Transition, found: Sequence[Flaw]) -> No
 
 
 def _plan_replay(plan: RunPlan, whole: Transition, found: Sequence[Flaw]) -> None:
-    for flaw, message in _in_messages(plan, whole, found):
-        row = flaw.row
-        guard = {"state": JobState.TERMINAL, "message": None, "input": row["input"], "generation": row["generation"]}
-        fresh = {"input": flaw.input, "failures": 0, "deferrals": 0, "losses": 0}
-        whole.moves.append(
-            JobMove(
-                keys=[row["_id"]],
-                guard=guard,
-                set={**enqueued_state(message), **fresh},
-                unset=(*jobs.PARKED_FIELDS, "operation"),
-                inc={"generation": 1},
-            )
+    for flaw, message in _in_messages(plan, whole, [flaw for flaw in found if "order_key" not in flaw.row]):
+        _again(plan, whole, flaw, enqueued_state(message))
+    # Those that go in order wait for their turn once more.
+    queued = [flaw for flaw in found if "order_key" in flaw.row]
+    for flaw in queued:
+        turn = turn_id(plan.run, flaw.row["order_key"])
+        whole.wake.add(turn)
+        _again(plan, whole, flaw, queued_state(turn))
+    _note(plan, whole, queued, "repaired", what="it waits for its turn in the last stage once more")
+
+
+def _again(plan: RunPlan, whole: Transition, flaw: Flaw, goes: Document) -> None:
+    row = flaw.row
+    fresh = {"input": flaw.input, "failures": 0, "deferrals": 0, "losses": 0}
+    whole.moves.append(
+        JobMove(
+            keys=[row["_id"]],
+            guard={
+                "state": JobState.TERMINAL,
+                "message": None,
+                "input": row["input"],
+                "generation": row["generation"],
+            },
+            set={**goes, **fresh},
+            unset=[name for name in (*jobs.PARKED_FIELDS, "operation", "has_turn") if name not in goes],
+            inc={"generation": 1},
         )
-        whole.count((plan.run, row["stage"], row["partition"]), JobState.TERMINAL, JobState.PENDING, 1)
+    )
+    whole.count((plan.run, row["stage"], row["partition"]), JobState.TERMINAL, goes["state"], 1)
+
+
+def _plan_queue(plan: RunPlan, whole: Transition, found: Sequence[Flaw]) -> None:
+    whole.moves, whole.wake = queue_up([flaw.row for flaw in found])
+    _note(plan, whole, found, "repaired", what="it waits for its turn")
 
 
 def _in_messages(plan: RunPlan, whole: Transition, found: Sequence[Flaw]) -> Iterator[tuple[Flaw, str]]:
@@ -233,6 +255,7 @@ _MENDERS: dict[Mend, Callable[[Runtime, RunPlan, Sequence[Flaw]], list[str]]] = 
     Mend.DETACH: partial(_carry_out, planner=_plan_detach),
     Mend.CANCEL: partial(_carry_out, planner=_plan_cancel),
     Mend.DUE: partial(_carry_out, planner=_plan_due),
+    Mend.QUEUE: partial(_carry_out, planner=_plan_queue),
     Mend.REPLAY: partial(_carry_out, planner=_plan_replay),
     Mend.ENQUEUE: _enqueue,
 }

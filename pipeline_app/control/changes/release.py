@@ -56,7 +56,8 @@ def _enqueue_group(
             whole.moves.append(
                 JobMove(
                     keys=[keys[job] for job in message["jobs"]],
-                    guard={"state": state, "stage": stage, "message": None},
+                    # A job that waits for its turn is let go by nothing else.
+                    guard={"state": state, "stage": stage, "message": None, "queues_for": None},
                     set=enqueued_state(message["_id"]),
                     unset=jobs.PARKED_FIELDS,
                 )

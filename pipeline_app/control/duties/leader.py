@@ -7,11 +7,14 @@ once do no harm, and a leader that dies in the middle leaves nothing half done.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
+from pipeline_app.domain.outage import Outage
 from pipeline_app.errors import BrokerError, StoreError
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import workers
@@ -21,6 +24,10 @@ logger = logging.getLogger(__name__)
 LEASE_S = 10.0
 #: A leader says that it still leads this often.
 RENEW_S = 1.0
+#: An answer that takes longer than this came out of an outage.
+SLOW_S = 2.0
+#: A duty that could not reach the broker is left out for this long, each time twice as long, at most LONGEST_PAUSE_S.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +57,13 @@ class Leader:
         self._leads = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        #: Since when the store answers; endless while it does not.
         self._calm_since = time.monotonic()
         self._last: dict[str, float] = {}
+        self._store_away = Outage()
+        self._broker_away = Outage()
+        #: Duty that waits for the broker -> how long, and until when.
+        self._pauses: dict[str, tuple[float, float]] = {}
 
     def start(self) -> None:
         """Begin, in a thread."""
@@ -73,17 +85,29 @@ class Leader:
         while not self._stop.wait(self._every_s):
             rt = self._runtime()
             try:
-                if self._is_time("", RENEW_S):
-                    self._leads = workers.lead(rt.store, self._name, rt.process, LEASE_S)
+                asks = self._is_time("", RENEW_S)
+                if asks:
+                    self._leads = self._lead(rt)
                 if self._leads:
                     self.round(rt)
+                if asks or self._leads:
+                    self._answers(self._store_away, "store")
             except StoreError as exc:
-                logger.info("%s waits for the store: %s", self._name, exc)
-                self._calm_since = time.monotonic()
+                self._waits(self._store_away, self._name, "store", exc)
+                self._calm_since = math.inf
                 self._leads = False
             except Exception:
                 # The next round may do better; without this thread nothing that waits would ever go on.
                 logger.exception("%s", self._name)
+
+    def _lead(self, rt: Runtime) -> bool:
+        begun = time.monotonic()
+        leads = workers.lead(rt.store, self._name, rt.process, LEASE_S)
+        now = time.monotonic()
+        # An outage may have no error: the question that was asked in it is answered when it ends.
+        if now - begun > SLOW_S or self._calm_since > now:
+            self._calm_since = now
+        return leads
 
     def round(self, rt: Runtime) -> None:
         """Every duty that is due, each whether or not the one before it could be done.
@@ -93,17 +117,31 @@ class Leader:
         for duty in self._duties:
             if duty.calm_s and time.monotonic() - self._calm_since <= duty.calm_s:
                 continue
-            if not self._is_time(duty.name, duty.every_s):
+            pause, until = self._pauses.get(duty.name, (0.0, 0.0))
+            if time.monotonic() < until or not self._is_time(duty.name, duty.every_s):
                 continue
             try:
                 duty.do(rt)
+                if self._pauses.pop(duty.name, None) and not self._pauses:
+                    self._answers(self._broker_away, "broker")
             except StoreError:
                 raise
             except BrokerError as exc:
-                logger.info("%s waits for the broker: %s", duty.name, exc)
+                self._waits(self._broker_away, duty.name, "broker", exc)
+                pause = min(max(pause * 2, FIRST_PAUSE_S), LONGEST_PAUSE_S)
+                self._pauses[duty.name] = pause, time.monotonic() + pause
             except Exception:
                 # A duty that trips over something must not keep all the others from being done.
                 logger.exception("%s", duty.name)
+
+    def _waits(self, outage: Outage, who: str, what: str, exc: Exception) -> None:
+        if outage.goes_on(datetime.now(UTC)):
+            logger.warning("%s waits for the %s since %s: %s", who, what, f"{outage.since:%H:%M:%SZ}", exc)
+
+    def _answers(self, outage: Outage, what: str) -> None:
+        away = outage.ends(datetime.now(UTC))
+        if away is not None:
+            logger.warning("%s goes on: the %s was away for %.0f s", self._name, what, away.total_seconds())
 
     def _is_time(self, what: str, every_s: float) -> bool:
         now = time.monotonic()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline_app.control.duties import hold_release, replaying, throttle_release
+from pipeline_app.control.duties import hold_release, ordering, replaying, throttle_release
 from pipeline_app.control.duties.leader import Duty, Leader
 from pipeline_app.runtime import Runtime
 
 #: What is done, in this order.
 DUTIES: tuple[Duty, ...] = (
+    Duty(do=ordering.give_turns),
     Duty(do=throttle_release.release_throttled),
     Duty(do=throttle_release.unlock_ended, every_s=1.0),
     Duty(do=hold_release.probe_held),

@@ -15,11 +15,12 @@ from datetime import datetime
 from typing import Any
 
 from pipeline_app.control.replays.replay_jobs import Replay, Verdict, judge, page
+from pipeline_app.domain.job import turn_id
 from pipeline_app.domain.pace import Pace
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.domain.states import JobState, MessageState
+from pipeline_app.domain.states import AT_REST, JobState, MessageState
 from pipeline_app.errors import BrokerError, StoreError
-from pipeline_app.flow.enqueue import enqueued_state, new_messages
+from pipeline_app.flow.enqueue import enqueued_state, new_messages, queued_state
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, jobs, manifests, messages, operations, transition
@@ -195,42 +196,64 @@ def _affordable(verdicts: Sequence[Verdict], allowed: int) -> list[Verdict]:
 
 def _plan(replay: Replay, row: Document, verdicts: Sequence[Verdict], now: datetime) -> Transition:
     whole = Transition(now=now, outputs=[verdict.edited for verdict in verdicts if verdict.edited is not None])
-    groups: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
-    for verdict in verdicts:
-        groups[verdict.stage, verdict.row["partition"]].append(verdict)
     run = replay.plan.run
+    groups: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+    queues: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        (queues if _queues(verdict) else groups)[verdict.stage, verdict.row["partition"]].append(verdict)
     chunk = None if row["rate_per_s"] is None else max(1, int(row["rate_per_s"] * MESSAGE_S))
     for (stage, partition), group in groups.items():
         by_job = {verdict.row["job"]: verdict for verdict in group}
         for message in new_messages(replay.plan, stage, partition, list(by_job), now, chunk=chunk):
             mine = [by_job[job] for job in message["jobs"]]
             whole.messages.append(message)
-            whole.moves.extend(_moves(row["_id"], message["_id"], mine))
+            whole.moves.extend(_moves(row["_id"], [(verdict, enqueued_state(message["_id"])) for verdict in mine]))
             named = {"message": message["_id"], "operation": row["_id"], "actor": row["actor"]}
             whole.events.append(transition.event(run, stage, "replayed", jobs=message["jobs"], now=now, **named))
+    for (stage, _), group in queues.items():
+        whole.moves.extend(_moves(row["_id"], [(verdict, queued_state(_turn(verdict))) for verdict in group]))
+        whole.wake.update(map(_turn, group))
+        ids = [verdict.row["job"] for verdict in group]
+        named = {"operation": row["_id"], "actor": row["actor"]}
+        whole.events.append(transition.event(run, stage, "replayed", jobs=ids, now=now, **named))
     for verdict in verdicts:
         partition = verdict.row["partition"]
         whole.count((run, verdict.row["stage"], partition), JobState(verdict.row["state"]), None, 1)
-        whole.count((run, verdict.stage, partition), None, JobState.PENDING, 1)
+        new = JobState.WAITING if _queues(verdict) else JobState.PENDING
+        whole.count((run, verdict.stage, partition), None, new, 1)
     return whole
 
 
-def _moves(operation: str, message: str, verdicts: Sequence[Verdict]) -> list[JobMove]:
-    """One write for all that change alike."""
+def _queues(verdict: Verdict) -> bool:
+    """Whether the job goes in order and it is not its turn: then it waits for that, like any other of its key."""
+    row = verdict.row
+    return "order_key" in row and (row["state"] in AT_REST or not row.get("has_turn"))
+
+
+def _turn(verdict: Verdict) -> str:
+    return turn_id(verdict.row["run"], verdict.row["order_key"])
+
+
+def _moves(operation: str, verdicts: Sequence[tuple[Verdict, Document]]) -> list[JobMove]:
+    """One write for all that change alike, each to the state that is given with it."""
     alike: dict[tuple[Any, ...], list[Verdict]] = defaultdict(list)
-    for verdict in verdicts:
+    for verdict, goes in verdicts:
         row = verdict.row
         where = (row["state"], row["stage"], row["message"], row["generation"])
-        alike[(*where, verdict.stage, verdict.input, verdict.overdue)].append(verdict)
+        alike[(*where, verdict.stage, verdict.input, verdict.overdue, tuple(goes.items()))].append(verdict)
     moves = []
-    for (state, stood_in, named, generation, stage, input_, overdue), same in alike.items():
+    for (state, stood_in, named, generation, stage, input_, overdue, goes), same in alike.items():
         fresh = {"stage": stage, "input": input_, "failures": 0, "deferrals": 0, "losses": 0, "operation": operation}
+        going = {**dict(goes), **fresh}
+        lost = (*jobs.PARKED_FIELDS, "starts_at", "died_in", "error_group", *(("expires_at",) if overdue else ()))
+        # What waits for its turn has it no more, should it be the last that had it.
+        lost = (*lost, "has_turn") if "queues_for" in going else lost
         moves.append(
             JobMove(
                 keys=[verdict.row["_id"] for verdict in same],
                 guard={"state": state, "stage": stood_in, "message": named, "generation": generation},
-                set={**enqueued_state(message), **fresh},
-                unset=(*jobs.PARKED_FIELDS, "died_in", "error_group", *(("expires_at",) if overdue else ())),
+                set=going,
+                unset=[name for name in lost if name not in going],
                 inc={"generation": 1},
             )
         )

@@ -6,7 +6,6 @@ What is let go at a pace, in small steps many times a second, is in `pacing.py`.
 from __future__ import annotations
 
 import logging
-import random
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -19,8 +18,9 @@ from pipeline_app.control.seed import seeding
 from pipeline_app.domain.evidence import worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage
+from pipeline_app.errors import QueueRefusedError
 from pipeline_app.flow.enqueue import then_queue
-from pipeline_app.flow.forward import publish_or_leave
+from pipeline_app.flow.forward import publish_and_note, publish_or_leave
 from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, jobs, manifests, messages, partitions, workers
@@ -86,15 +86,17 @@ def release_due(rt: Runtime) -> None:
 
 
 def publish_unpublished(rt: Runtime) -> None:
-    """Publish what a process recorded but could not publish."""
+    """Publish what a process recorded but could not publish. Raises BrokerError if the broker is still away."""
     groups: dict[str, list[Document]] = defaultdict(list)
     for row in messages.unpublished(rt.store, _queues(rt), PAGE):
         groups[row["queue"]].append(row)
-    # In any order: one queue that the broker refuses ends this round, but not always before the same others.
-    for queue in random.sample(sorted(groups), len(groups)):
-        logger.warning("publishing what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
-        if not publish_or_leave(rt, groups[queue]):
-            return
+    for queue in sorted(groups):
+        try:
+            publish_and_note(rt, groups[queue])
+        except QueueRefusedError as exc:
+            logger.warning("not published: queue=%s messages=%d: %s", queue, len(groups[queue]), exc)
+            continue
+        logger.warning("published what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
 
 
 def publish_forgotten(rt: Runtime) -> None:

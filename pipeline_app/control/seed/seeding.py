@@ -1,7 +1,8 @@
 """Adding jobs to a run, in batches that are open under a lease.
 
-A stream is published as it comes, page by page. A whole batch (a file) shows nothing of itself before it is closed,
-and a duplicate id takes all of it back. Either way memory is bounded by a page.
+A stream is published as it comes, page by page, as the run's bound leaves room (`room.py`). A whole batch (a file)
+shows nothing of itself before it is closed, and a duplicate id takes all of it back. Either way memory is bounded by a
+page.
 
 States of a batch: open -> closing -> closed; open -> interrupted (its seeder died; seeding on with `skip_existing`
 closes it); open -> removing (taken back). The sweep finishes what a dead seeder left in closing or removing.
@@ -21,20 +22,20 @@ from typing import Any
 
 from pipeline_app.control.seed import paging
 from pipeline_app.control.seed.paging import PAGE
+from pipeline_app.control.seed.room import Room, Waiting
+from pipeline_app.control.seed.rows import new_row, partition_rows, queue_up
+from pipeline_app.control.seed.rows import size as rows_size
 from pipeline_app.control.targets import throttles
 from pipeline_app.domain.job import JobLine, job_key
-from pipeline_app.domain.partition import partition_key, queue_name, target_tags
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.domain.states import JobState, MessageState, WaitReason
-from pipeline_app.errors import BadJobLineError, DuplicateJobError, PipelineError, RefusedError, StoreError
-from pipeline_app.flow import gates
-from pipeline_app.flow.enqueue import new_messages, parked_state
-from pipeline_app.flow.forward import publish_or_leave, task_name
+from pipeline_app.domain.states import JobState, MessageState
+from pipeline_app.errors import DuplicateJobError, PipelineError, RefusedError, StoreError
+from pipeline_app.flow.enqueue import new_messages
+from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import counters, events, jobs, manifests, messages, partitions, transition
+from pipeline_app.store import counters, events, jobs, manifests, messages, partitions, transition, turns
 from pipeline_app.store.client import Document
-from pipeline_app.store.encoding import UnstorableError, encode
-from pipeline_app.store.transition import SEED_PREFIX, DuplicateKeyFoundError, Transition
+from pipeline_app.store.transition import SEED_PREFIX, DuplicateKeyFoundError, NotFittingError, Transition
 from pipeline_app.store.workers import LEASE_S, RENEW_S
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def seed(
     whole: bool = False,
     skip_existing: bool = False,
     progress: Progress = lambda added: None,
+    waiting: Waiting = lambda why: None,
 ) -> Seeded:
     """Add jobs to a run, in constant memory.
 
@@ -75,29 +77,38 @@ def seed(
             before an error stays.
         skip_existing: jobs that are in the run already are passed over, and batches whose seeder died are closed.
         progress: called with the number of jobs added so far.
+        waiting: called with what is waited for, again and again, while the run's bound leaves no room.
 
-    Raises NotFoundError, RefusedError (the run was cancelled), BadJobLineError, DuplicateJobError, StoreError.
+    Raises NotFoundError, RefusedError (the run was cancelled; it has a bound, and `whole` is asked for),
+    BadJobLineError, DuplicateJobError, StoreError.
     """
     manifest = manifests.get(rt.store, run)
     if manifest["cancelled_at"] is not None:
         raise RefusedError(f"run {manifest['_id']} was cancelled", hint="make another run")
+    plan = RunPlan.of(manifest)
+    if whole and plan.bound is not None:
+        what = f"run {plan.run} has a bound of {plan.bound:,}: jobs must start before all are in"
+        raise RefusedError(what, hint="seed them as a stream: whole=False")
     if skip_existing:
         sweep(rt)  # a seeder that died may not have been noticed yet: no worker need be there
-    batch = _Batch(rt, RunPlan.of(manifest), whole=whole, skip_existing=skip_existing)
+    batch = _Batch(rt, plan, whole=whole, skip_existing=skip_existing)
+    room = Room(rt, plan, batch.id, waiting)
     with batch.leased():
         try:
             for page in paging.full(lines) if whole else paging.as_they_come(lines):
-                batch.add(page)
-                progress(batch.added)
+                for part in room.parts(batch.fresh(page)):
+                    batch.add(part)
+                    progress(batch.added)
         except BaseException as exc:
             batch.abandon(exc)
             raise
+        if skip_existing:
+            # Before its own: those that were added first go first.
+            for row in manifests.batches(rt.store, batch.plan.run, "interrupted"):
+                # Only those that these jobs belong to: another file's batch may still lack jobs.
+                if row["_id"] in batch.met or not row["jobs"]:
+                    batch.published &= close_batch(rt, row)
         batch.close()
-    if skip_existing:
-        for row in manifests.batches(rt.store, batch.plan.run, "interrupted"):
-            # Only those that these jobs belong to: another file's batch may still lack jobs.
-            if row["_id"] in batch.met or not row["jobs"]:
-                batch.published &= close_batch(rt, row)
     return Seeded(
         run=batch.plan.run, batch=batch.id, added=batch.added, skipped=batch.skipped, published=batch.published
     )
@@ -116,6 +127,7 @@ class _Batch:
         self.skipped = 0
         self.published = True
         self._ordered = False
+        self._keyed = False
         #: Batches of the jobs that were there already.
         self.met: set[str] = set()
         self._partitions: set[str] = set()
@@ -143,8 +155,8 @@ class _Batch:
             ended.set()
             thread.join()
 
-    def add(self, lines: Sequence[JobLine]) -> None:
-        """One transaction (or a few, if payloads are large): jobs, their messages, counters and an event."""
+    def fresh(self, lines: Sequence[JobLine]) -> Sequence[JobLine]:
+        """Those that are to be added. Raises DuplicateJobError."""
         if self.skip_existing:
             there = jobs.existing(self.rt.store, [job_key(self.plan.run, line.job_id) for line in lines])
             first = {line.job_id: line for line in reversed(lines)}
@@ -154,6 +166,10 @@ class _Batch:
             self.skipped += len(lines) - len(fresh)
             lines = fresh
         self._refuse_doubles(lines)
+        return lines
+
+    def add(self, lines: Sequence[JobLine]) -> None:
+        """One transaction (or a few, if payloads are large): jobs, their messages, counters and an event."""
         if not self._ordered and any(line.priority for line in lines):
             # Before the first of them can go straight to the broker, which knows no order but its own.
             throttles.order_run(self.rt, self.plan.run, reason="jobs were seeded with a priority")
@@ -161,8 +177,9 @@ class _Batch:
         rows: list[tuple[JobLine, Document]] = []
         size = 0
         for line in lines:
-            row = self._document(line, self.rt.store.now())
-            size += self._size(line, row)
+            seq, now = next(self._seq), self.rt.store.now()
+            row = new_row(self.rt, self.plan, line, batch=self.id, seq=seq, shown=not self.whole, now=now)
+            size += rows_size(line, row)
             rows.append((line, row))
             if size > PAGE_BYTES:
                 self._insert(rows)
@@ -177,38 +194,16 @@ class _Batch:
                 raise DuplicateJobError(f"job {line.job_id!r} is there twice")
             seen.add(line.job_id)
 
-    def _document(self, line: JobLine, now: datetime) -> Document:
-        row = jobs.document(
-            run=self.plan.run,
-            job_id=line.job_id,
-            batch=self.id,
-            tags=dict(line.tags),
-            partition=partition_key(line.tags, self.plan.partition_by),
-            stage=self.plan.stages[0].name,
-            payload=line.payload,
-            now=now,
-            expires_at=line.expiry(),
-            seq=next(self._seq),
-            priority=line.priority,
-        )
-        due_at = line.due_at(now)
-        if due_at is not None and due_at > now:
-            return row | {"state": JobState.WAITING, "reason": WaitReason.DELAY, "due_at": due_at}
-        task = task_name(self.plan.pipeline, row["stage"])
-        keeper = gates.keeper(self.rt, self.plan.run, task, row["partition"], line.tags)
-        return row | (parked_state(*keeper) if keeper else {"state": JobState.PENDING})
-
-    def _size(self, line: JobLine, row: Document) -> int:
-        try:
-            return len(encode(row).raw)
-        except UnstorableError as exc:
-            raise BadJobLineError(f"job {line.job_id!r}: its payload cannot be stored: {exc}") from exc
-
     def _insert(self, rows: Sequence[tuple[JobLine, Document]]) -> None:
         now = self.rt.store.now()
         documents = [row for _, row in rows]
         self._ensure_partitions(rows)
+        if not self._keyed and any("order_key" in row for row in documents):
+            # Before the first of them: whoever closes the batch has to let them queue up.
+            manifests.note_keyed(self.rt.store, self.id)
+            self._keyed = True
         whole = Transition(worker=SEED_PREFIX + self.id, now=now, new_jobs=documents)
+        whole.wake.update(row["queues_for"] for row in documents if "queues_for" in row)
         groups: dict[str, list[Document]] = defaultdict(list)
         for row in documents:
             place = (self.plan.run, row["stage"], row["partition"])
@@ -248,8 +243,7 @@ class _Batch:
         for line, row in rows:
             if row["partition"] not in self._partitions:
                 self._partitions.add(row["partition"])
-                tags = target_tags(line.tags, self.plan.partition_by)
-                new.extend(_partition_rows(self.plan, row["partition"], tags))
+                new.extend(partition_rows(self.plan, line))
         partitions.ensure(self.rt.store, new)
 
     def abandon(self, exc: BaseException) -> None:
@@ -274,19 +268,6 @@ class _Batch:
         self.published &= close_batch(self.rt, {"_id": self.id, "run": self.plan.run})
 
 
-def _partition_rows(plan: RunPlan, partition: str, tags: dict[str, str]) -> list[Document]:
-    return [
-        {
-            "_id": queue_name(plan.pipeline, stage.name, partition),
-            "pipeline": plan.pipeline,
-            "stage": stage.name,
-            "partition": partition,
-            "tags": tags,
-        }
-        for stage in plan.stages
-    ]
-
-
 def close_batch(rt: Runtime, batch: Document) -> bool:
     """Close a batch and publish what was hidden; False if the broker is away and the sweep has to.
 
@@ -303,9 +284,27 @@ def close_batch(rt: Runtime, batch: Document) -> bool:
         messages.open_drafts(rt.store, [row["_id"] for row in page])
         # Without a broker the rest is opened all the same; the sweep publishes it.
         published = published and publish_or_leave(rt, page)
+    if manifests.is_keyed(rt.store, batch["_id"]):
+        _queue_up(rt, batch)
     counters.release(rt.store, SEED_PREFIX + batch["_id"])
     manifests.set_batch(rt.store, batch["_id"], "closed", expected=("closing",))
     return published
+
+
+def _queue_up(rt: Runtime, batch: Document) -> None:
+    """Let the batch's jobs with an order key wait for their turns, page by page, in the order in which they came."""
+    event = events.of_batch(rt.store, batch["_id"])
+    while event is not None:
+        keys = [job_key(batch["run"], job_id) for job_id in event["jobs"]]
+        while rows := turns.not_queued(rt.store, keys, batch["_id"]):
+            whole = Transition(now=rt.store.now())
+            whole.moves, whole.wake = queue_up(rows)
+            try:
+                with rt.counting() as whole.worker:
+                    transition.apply(rt.store, whole)
+            except NotFittingError:
+                continue  # somebody else closes it, too, and was faster
+        event = events.of_batch(rt.store, batch["_id"], event["_id"])
 
 
 def remove_batch(rt: Runtime, run: str, batch: str) -> None:

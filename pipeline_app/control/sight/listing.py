@@ -51,6 +51,7 @@ def workers(rt: Runtime) -> list[dict[str, Any]]:
             "heartbeat_at": row["heartbeat_at"],
             "running_jobs": running.get(row["_id"], 0),
             "rss_bytes": row.get("rss_bytes"),
+            "log": row.get("log"),
         }
         for row in rows
     ]

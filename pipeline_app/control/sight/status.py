@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.control.serving import serving
 from pipeline_app.control.sight import keeping
 from pipeline_app.domain.partition import queue_name
 from pipeline_app.domain.plan import RunPlan
@@ -145,7 +146,12 @@ def status(rt: Runtime, run: str, *, queues: bool = True) -> Status:
         seeded=seeded,
         states=states,
         stages=stages,
-        warnings=warnings + _warnings(rt, manifest, stages, interrupted, queues=queues) + _closed(closed, states),
+        warnings=(
+            warnings
+            + _warnings(rt, manifest, stages, interrupted, queues=queues)
+            + _closed(closed, states)
+            + _bounded(plan, batches)
+        ),
         as_of=rt.store.now(),
         interrupted=interrupted,
         seeding=seeding,
@@ -229,6 +235,15 @@ def _closed(closed: list[Document], states: dict[str, int]) -> list[str]:
     return found
 
 
+def _bounded(plan: RunPlan, batches: list[Document]) -> list[str]:
+    """Whether a seeder waits for room."""
+    waiting = [row["waits_since"] for row in batches if row["state"] == "open" and "waits_since" in row]
+    if not waiting:
+        return []
+    since = f"since {min(waiting):%Y-%m-%dT%H:%M:%SZ}"
+    return [f"seeding waits {since}: {plan.bound:,} jobs are unfinished, and that is the run's bound"]
+
+
 def _warnings(
     rt: Runtime, manifest: Document, stages: list[StageStatus], interrupted: list[str], *, queues: bool
 ) -> list[str]:
@@ -236,6 +251,8 @@ def _warnings(
     for row in stages:
         work = row.states[JobState.PENDING] + row.states[JobState.RUNNING]
         idle = [part.queue for part in row.partitions if part.ready and part.consumers == 0]
+        served = serving(rt, idle) if idle and work else {}
+        idle = [queue for queue in idle if not served.get(queue)]
         remedy = f"start a worker with -Q {manifest['pipeline']}.{row.stage}"
         if idle and work:
             found.append(f"nothing consumes {', '.join(idle)}: {remedy}")

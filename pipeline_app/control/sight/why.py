@@ -11,15 +11,19 @@ import shlex
 from datetime import datetime
 from typing import Any
 
+from pipeline_app.control.serving import serving
 from pipeline_app.control.sight.keeping import Answer, kept
 from pipeline_app.control.sight.ledger import find_job, last_errors
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import JobState, MessageState, WaitReason
 from pipeline_app.errors import BrokerError
 from pipeline_app.runtime import Runtime
-from pipeline_app.store import attempts, manifests, messages, workers
+from pipeline_app.store import attempts, manifests, messages, turns, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.depth import Depth, depths
+
+#: Jobs in a queue are counted up to this.
+COUNTED = 10_000
 
 
 def why(rt: Runtime, run: str, job_id: str) -> dict[str, Any]:
@@ -153,10 +157,30 @@ def _waiting(rt: Runtime, manifest: Document, row: Document) -> Answer:
             {"kind": "definition", "hash": manifest["hash"]},
             "start a worker with the code that the run was made with",
         )
+    if row["reason"] == WaitReason.ORDER:
+        return _queue(rt, row)
     if "due_at" in row:
         what = f"it was seeded with a delay and is due at {_due(rt, row['due_at'])}"
         return what, {"kind": str(row["reason"]), "due_at": row["due_at"]}, _sweeper(rt, row["due_at"])
     return f"it waits: {row.get('reason')}", {"kind": str(row.get("reason"))}, None
+
+
+def _queue(rt: Runtime, row: Document) -> Answer:
+    """Who goes before a job that waits for its turn."""
+    turn = turns.by_ids(rt.store, [row["queues_for"]]).get(row["queues_for"]) if "queues_for" in row else None
+    holder = None if turn is None else turns.holders(rt.store, [turn["holder"]]).get(turn["holder"])
+    waiting = turns.count_before(rt.store, row, COUNTED) if "queues_for" in row else 0
+    waits_for: dict[str, Any] = {"kind": "order", "order_key": row["order_key"], "job_id": None, "before": waiting}
+    what = f"jobs with the order key {row['order_key']!r} go one at a time"
+    number = f"{COUNTED:,} or more" if waiting == COUNTED else f"{waiting:,}"
+    queue = f"; {number} wait before it" if waiting else "; it is the next"
+    if holder is None or not holder.get("has_turn"):
+        hint = None if workers.alive(rt.store) else "a worker has to run for that: celery -A pipeline_app worker"
+        return f"{what}, and the turn is given any moment{queue}", waits_for, hint
+    waits_for["job_id"] = holder["job"]
+    whose = f"it is the turn of job {holder['job']!r}, which is {holder['state']} in {holder['stage']}"
+    hint = f"pipeline-app why {row['run']} {shlex.quote(holder['job'])} says what that waits for"
+    return f"{what}: {whose}{queue}", waits_for, hint
 
 
 def _pending(rt: Runtime, plan: RunPlan, row: Document, message: Document | None) -> Answer:
@@ -182,9 +206,8 @@ def _pending(rt: Runtime, plan: RunPlan, row: Document, message: Document | None
 def _queued(rt: Runtime, row: Document, message: Document, depth: Depth, waits_for: dict[str, Any]) -> Answer:
     queue, since = message["queue"], message["published_at"]
     stage = f"{message['pipeline']}.{row['stage']}"
-    consumers = depth.consumers
-    if consumers is None:  # the embedded broker cannot tell
-        consumers = sum(stage in found["stages"] or queue in found["queues"] for found in workers.alive(rt.store))
+    # A worker of many partitions takes turns; the embedded broker cannot tell at all.
+    consumers = depth.consumers or serving(rt, [queue])[queue]
     waits_for |= {"kind": "queue", "since": since, "ready": depth.ready, "consumers": consumers}
     if depth.ready == 0 and consumers:
         return (

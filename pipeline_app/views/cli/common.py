@@ -13,18 +13,23 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline_app.errors import PipelineError, UsageError
-from pipeline_app.views.cli.render import echo_error, echo_warning, one_line
+from pipeline_app.domain.outage import Outage
+from pipeline_app.errors import PipelineError, StoreError, UsageError
+from pipeline_app.views.cli.render import duration, echo_error, echo_warning, iso, one_line
 
 if TYPE_CHECKING:
     from pipeline_app.runtime import Runtime
+
+Answer = TypeVar("Answer")
 
 #: Set it to any text to see the traceback of an error.
 TRACEBACK = "PIPELINE_TRACEBACK"
@@ -33,6 +38,9 @@ _WORDS = "pipeline_app.words"
 
 #: Signals by which people, terminals and service managers end a command.
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: Pauses between two questions to a store that is away: doubled up to the second.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 
 EXIT_NO = 1
 EXIT_USAGE = 2
@@ -189,11 +197,12 @@ class _Warnings(logging.Handler):
 
 
 @contextmanager
-def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runtime]:
+def connection(*, write: bool = False, pipelines: bool = False, contact: bool = True) -> Iterator[Runtime]:
     """A runtime for one command; it connects at first use.
 
     Args:
         write: the command changes something: the store must have transactions and be laid out.
+        contact: the store must answer.
         pipelines: it needs the application's pipelines; without, broken handlers don't keep anybody from looking.
     """
     from pipeline_app import settings
@@ -207,8 +216,34 @@ def connection(*, write: bool = False, pipelines: bool = False) -> Iterator[Runt
     try:
         if write:
             prepare(rt)
-        else:
+        elif contact:
             rt.store.synchronise()
         yield rt
     finally:
         rt.close()
+
+
+def patiently(ask: Callable[[], Answer], *, deadline: float | None = None) -> Answer:
+    """The store's answer, asked for again while it is away; what is waited for is said, at growing intervals.
+
+    For commands that look on for long: whoever started one in the evening wants to find it in the morning.
+
+    Raises StoreError if it is still away at `deadline`, a time of the monotonic clock.
+    """
+    outage, pause = Outage(), FIRST_PAUSE_S
+    while True:
+        try:
+            found = ask()
+        except StoreError as exc:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise
+            if outage.goes_on(datetime.now(UTC)) and outage.since is not None:
+                echo_warning(f"waiting since {iso(outage.since)}: {exc.message}")
+            left = pause if deadline is None else max(0.0, deadline - time.monotonic())
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+            continue
+        away = outage.ends(datetime.now(UTC))
+        if away is not None:
+            echo_warning(f"MongoDB answers again, after {duration(away.total_seconds())}")
+        return found

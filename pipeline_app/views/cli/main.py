@@ -8,9 +8,11 @@ import sys
 import click
 
 from pipeline_app.views.cli import services
+from pipeline_app.views.cli.check import check
 from pipeline_app.views.cli.common import EXIT_INTERRUPTED, Group
 from pipeline_app.views.cli.demo import demo
 from pipeline_app.views.cli.failures import failures
+from pipeline_app.views.cli.hiding import hide_passwords
 from pipeline_app.views.cli.history import attempts, events
 from pipeline_app.views.cli.hold import hold
 from pipeline_app.views.cli.job import job, why
@@ -18,6 +20,7 @@ from pipeline_app.views.cli.jobs import cancel, move, priority
 from pipeline_app.views.cli.pause import pause, resume
 from pipeline_app.views.cli.replay import replay
 from pipeline_app.views.cli.run import run
+from pipeline_app.views.cli.stage import stage
 from pipeline_app.views.cli.throttle import throttle
 from pipeline_app.views.cli.try_ import try_
 from pipeline_app.views.cli.workers import workers
@@ -58,7 +61,9 @@ for command in (
     services.services,
     try_,
     run,
+    stage,
     workers,
+    check,
     failures,
     attempts,
     events,
@@ -78,6 +83,7 @@ for command in (
 
 def main() -> None:
     """Run a command and exit with its code."""
+    hide_passwords()
     try:
         sys.exit(app.main(prog_name="pipeline-app", standalone_mode=False))
     except (click.Abort, KeyboardInterrupt):  # before a command began

@@ -136,16 +136,35 @@ def unfinished(status: Status) -> str:
     )
 
 
+class Count:
+    """A number that grows, and why it does not at the moment."""
+
+    def __init__(self, word: str, done: str, update: Callable[[str], None]) -> None:
+        self._word = word
+        self._done = done
+        self._update = update
+        self._count = 0
+
+    def __call__(self, count: int) -> None:
+        """So many by now."""
+        self._count = count
+        self._update(f"{plural(count, self._word)} {self._done}")
+
+    def waits(self, why: str) -> None:
+        """Nothing is done at the moment."""
+        self._update(f"{plural(self._count, self._word)} {self._done}; waiting: {why}")
+
+
 @contextmanager
-def counting(word: str, done: str, *, silent: bool = False) -> Iterator[Callable[[int], None]]:
+def counting(word: str, done: str, *, silent: bool = False) -> Iterator[Count]:
     """A number that grows: `1,790 jobs added`."""
     if silent or not is_watched():
-        yield lambda count: None
+        yield Count(word, done, lambda text: None)
         return
     from rich.console import Console
 
     with Console(stderr=True, highlight=False).status("") as status:
-        yield lambda count: status.update(f"{plural(count, word)} {done}")
+        yield Count(word, done, status.update)
 
 
 @contextmanager

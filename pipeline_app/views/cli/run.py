@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from pipeline_app.domain.outage import Outage
 from pipeline_app.errors import BadJobLineError, DuplicateJobError, RefusedError, StoreError, UsageError
 from pipeline_app.views.cli import jobfile
 from pipeline_app.views.cli.common import Group, connection, json_option, run_argument
 from pipeline_app.views.cli.jobs import cancel_run
-from pipeline_app.views.cli.progress import counting, reading
+from pipeline_app.views.cli.progress import Count, counting, is_watched, reading
 from pipeline_app.views.cli.render import (
     compact,
     cut,
@@ -45,18 +47,28 @@ def run() -> None:
     epilog="""\b
 Examples:
   pipeline-app run init books-1 --pipeline survey
-  pipeline-app run init books-2 --definition books.toml""",
+  pipeline-app run init books-2 --definition books.toml
+  pipeline-app run init books-3 --pipeline survey --bound 10000""",
 )
 @click.argument("run")
 @click.option("--pipeline", metavar="NAME", help="A pipeline of celeryconfig.py.")
 @click.option("--definition", metavar="FILE", help="A TOML or JSON file that defines a pipeline.")
+@click.option(
+    "--bound",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Seeders wait while N jobs are not done. Default: what the pipeline says; without a bound nobody waits.",
+)
 @json_option
-def init(run: str, pipeline: str | None, definition: str | None, as_json: bool) -> None:
+def init(run: str, pipeline: str | None, definition: str | None, bound: int | None, as_json: bool) -> None:
     """Make a run of a pipeline.
 
     Jobs are added by "run seed". RUN has letters, digits, ".", "_" and "-". The run keeps the pipeline's definition;
     only workers that have exactly the same one take its jobs. So a FILE must also stand in `pipelines` of the workers'
     celeryconfig.py: pipelines = ["books.toml"].
+
+    With a bound "run seed" adds jobs only as others come to rest; a file is then added as it is read, not in one go.
+    What workers make of jobs (next stages, retries, replays) is never kept waiting.
     """
     from pipeline_app.control.runs import create_run
     from pipeline_app.domain.pipeline import load_definition
@@ -65,7 +77,7 @@ def init(run: str, pipeline: str | None, definition: str | None, as_json: bool) 
         raise UsageError("give either --pipeline NAME or --definition FILE")
     with connection(pipelines=True) as rt:
         chosen = load_definition(Path(definition)) if definition else pipeline or ""
-        manifest = create_run(rt, run, chosen)
+        manifest = create_run(rt, run, chosen, bound=bound)
         known = rt.pipelines.get(manifest["pipeline"])
     stages = [stage["name"] for stage in manifest["definition"]["stages"]]
     warnings = []
@@ -73,9 +85,10 @@ def init(run: str, pipeline: str | None, definition: str | None, as_json: bool) 
         warnings.append(f"workers of this project do not have this definition: add {definition} to celeryconfig.py")
     if as_json:
         made = {"run": run, "pipeline": manifest["pipeline"], "stages": stages, "hash": manifest["hash"]}
-        echo_json({**made, "created_at": manifest["created_at"], "warnings": warnings})
+        echo_json({**made, "bound": manifest["bound"], "created_at": manifest["created_at"], "warnings": warnings})
         return
-    click.echo(f"made run {run} of pipeline {manifest['pipeline']}: {' -> '.join(stages)}")
+    bounded = "" if manifest["bound"] is None else f", at most {plural(manifest['bound'], 'unfinished job')}"
+    click.echo(f"made run {run} of pipeline {manifest['pipeline']}: {' -> '.join(stages)}{bounded}")
     for text in warnings:
         echo_warning(text)
 
@@ -90,7 +103,8 @@ Examples:
 \b
 A line of FILE:
   {"job_id": "a1", "payload": {"isbn": "0-19-853453-1"}, "tags": {"provider": "openai"}}
-and, if need be, "delay_s": 60 (or "5m"), "not_before" and "expires_at" (ISO 8601), "priority": 5.""",
+and, if need be, "delay_s": 60 (or "5m"), "not_before" and "expires_at" (ISO 8601), "priority": 5, and
+"order_key": "user-7": jobs of one key go through the whole pipeline one at a time, in the order of the file.""",
 )
 @run_argument
 @click.option("--jobs", "path", metavar="FILE", required=True, help='JSON lines; "-" is standard input.')
@@ -100,15 +114,18 @@ def seed(run: str, path: str, skip_existing: bool, as_json: bool) -> None:
     """Add the jobs of FILE to RUN.
 
     A file is read twice: first for mistakes, so that one with a bad line or a job id that RUN has already adds nothing.
-    Standard input is added as it comes.
+    Standard input is added as it comes. So is a file if RUN has a bound: a bad line still adds nothing, but a job id
+    that RUN has already ends it there.
     """
     from pipeline_app.control.sight.ledger import find_plan
 
     with connection(write=True) as rt:
-        find_plan(rt, run)  # a run that is not there is said before a large file is read
-        if jobfile.can_be_read_twice(path):
+        plan = find_plan(rt, run)  # a run that is not there is said before a large file is read
+        twice = jobfile.can_be_read_twice(path)
+        if twice:
             _check(path, silent=as_json)
-        seeded = _seed(rt, run, path, skip_existing, as_json)
+        # Of a whole batch nothing starts before all of it is in: under a bound that would be never.
+        seeded = _seed(rt, plan.run, path, twice and plan.bound is None, skip_existing, as_json)
     if as_json:
         echo_json(vars(seeded))
         return
@@ -126,10 +143,9 @@ def _check(path: str, *, silent: bool) -> None:
             raise BadJobLineError(exc.message, hint="nothing of the file was added") from exc
 
 
-def _seed(rt: Runtime, run: str, path: str, skip_existing: bool, as_json: bool) -> Seeded:
+def _seed(rt: Runtime, run: str, path: str, whole: bool, skip_existing: bool, as_json: bool) -> Seeded:
     from pipeline_app.control.seed import seeding
 
-    whole = jobfile.can_be_read_twice(path)
     tally = _Tally()
     with counting("job", "added", silent=as_json) as show, _with_what_became_of_it(tally, whole):
 
@@ -137,7 +153,27 @@ def _seed(rt: Runtime, run: str, path: str, skip_existing: bool, as_json: bool) 
             tally.added = added
             show(added)
 
-        return seeding.seed(rt, run, jobfile.read(path), whole=whole, skip_existing=skip_existing, progress=note)
+        return seeding.seed(
+            rt,
+            run,
+            jobfile.read(path),
+            whole=whole,
+            skip_existing=skip_existing,
+            progress=note,
+            waiting=_saying(show, silent=as_json),
+        )
+
+
+def _saying(show: Count, *, silent: bool) -> Callable[[str], None]:
+    """Says what the seeder waits for: on a terminal all the time, in a log at growing intervals."""
+    wait = Outage()
+
+    def waits(why: str) -> None:
+        show.waits(why)
+        if not silent and not is_watched() and wait.goes_on(datetime.now(UTC)):
+            echo_warning(f"seeding waits: {why}")
+
+    return waits
 
 
 class _Tally:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline_app.domain.states import JobState
-from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option, run_argument
-from pipeline_app.views.cli.progress import is_watched, run_progress, unfinished
+from pipeline_app.views.cli.common import EXIT_NO, Command, connection, json_option, patiently, run_argument
+from pipeline_app.views.cli.progress import Show, is_watched, run_progress, unfinished
 from pipeline_app.views.cli.render import (
     echo_error,
     echo_json,
@@ -24,6 +25,7 @@ from pipeline_app.views.cli.render import (
 
 if TYPE_CHECKING:
     from pipeline_app.control.sight.status import Status
+    from pipeline_app.runtime import Runtime
 
 #: How often `watch` looks.
 LOOK_EVERY_S = 1.0
@@ -34,11 +36,13 @@ LOOK_EVERY_S = 1.0
     epilog="""\b
 Examples:
   pipeline-app run status last
+  pipeline-app run status last --watch
   pipeline-app run status books-1 --json | jq .states""",
 )
 @run_argument
+@click.option("--watch", "live", is_flag=True, help='Go on until RUN is done, as "run watch" does.')
 @json_option
-def status(run: str, as_json: bool) -> None:
+def status(run: str, live: bool, as_json: bool) -> None:
     """Show where the jobs of RUN stand.
 
     RUN is a run's name, or "last" for the newest. Counts come from counters: it is as fast for ten million jobs as for
@@ -46,6 +50,9 @@ def status(run: str, as_json: bool) -> None:
     """
     from pipeline_app.control.sight.status import status as ask
 
+    if live:
+        _watch(run, as_json)
+        return
     with connection() as rt:
         found = ask(rt, run)
     if as_json:
@@ -98,14 +105,13 @@ def wait(run: str, timeout_s: float | None, stage: str | None, strict: bool, as_
 
     That is when every job is terminal, dead-lettered or cancelled. With --stage: until every job is past that stage.
     Exits 0 when that is so, and 1 when the time is over or when a seed batch was interrupted: then nobody knows
-    whether all jobs are in. With --strict also if there are dead letters.
+    whether all jobs are in. With --strict also if there are dead letters. While MongoDB is away it goes on waiting.
     """
-    from pipeline_app.control.runs import wait as wait_for
     from pipeline_app.control.sight.status import status as ask
 
     with connection() as rt:
         with run_progress(silent=as_json) as show:
-            found = wait_for(rt, run, timeout_s=timeout_s, stage=stage, progress=show)
+            found = _wait(rt, run, timeout_s, stage, show)
         outcome = _outcome(found, stage, strict)
         # Once more, with what the broker says: that may be why it is not done.
         warnings = ask(rt, found.run).warnings if outcome == "timeout" else []
@@ -118,6 +124,24 @@ def wait(run: str, timeout_s: float | None, stage: str | None, strict: bool, as_
             echo_warning(text)
         echo_error(outcome, *_explained(found, outcome, timeout_s), as_json=False)
     return None if outcome is None else EXIT_NO
+
+
+def _wait(rt: Runtime, run: str, timeout_s: float | None, stage: str | None, show: Show) -> Status:
+    from pipeline_app.control.runs import wait as wait_for
+
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    name = run
+
+    def note(found: Status) -> None:
+        nonlocal name
+        name = found.run  # "last" stays the run that it was at first
+        show(found)
+
+    def ask() -> Status:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return wait_for(rt, name, timeout_s=left, stage=stage, progress=note)
+
+    return patiently(ask, deadline=deadline)
 
 
 def _outcome(found: Status, stage: str | None, strict: bool) -> str | None:
@@ -157,14 +181,18 @@ def watch(run: str, as_json: bool) -> None:
     """Watch RUN live until it is done.
 
     A bar for each stage, with rate and time to go. Ctrl-C stops watching; the run goes on. With --json: the status in
-    a line, whenever it changed, at most once a second.
+    a line, whenever it changed, at most once a second. While MongoDB is away it goes on watching.
     """
+    _watch(run, as_json)
+
+
+def _watch(run: str, as_json: bool) -> None:
     from pipeline_app.control.sight.status import status as ask
 
     before: dict[str, Any] | None = None
     with connection() as rt, run_progress(silent=as_json) as show:
         while True:
-            found = ask(rt, run)
+            found = patiently(partial(ask, rt, run))
             run = found.run  # "last" stays the run that it was at first
             show(found)
             now = {**found.as_dict(), "as_of": None}

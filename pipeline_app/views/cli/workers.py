@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from pipeline_app.views.cli.common import Command, connection, json_option
@@ -19,7 +21,7 @@ Examples:
 def workers(as_json: bool) -> None:
     """List the workers.
 
-    Those that run, and those that ended within the last hour.
+    Those that run, on all machines, and those that ended within the last hour. Where their logs are is in --json.
     """
     from pipeline_app.control.sight import listing
 
@@ -29,7 +31,7 @@ def workers(as_json: bool) -> None:
         echo_json(found)
         return
     if not found:
-        click.echo("no workers; start one: celery -A pipeline_app worker")
+        click.echo("no workers; start one: celery -A pipeline_app worker, or pipeline-app stage start")
         return
     rows = [
         [
@@ -41,9 +43,15 @@ def workers(as_json: bool) -> None:
             row["running_jobs"],
             size(row["rss_bytes"]),
             clock(row["heartbeat_at"]),
-            ", ".join(row["queues"]),
+            _served(row),
         ]
         for row in found
     ]
     headers = ["worker", "pid", "state", "pool", "slots", "running jobs", "memory", "last seen", "queues"]
     echo_table(headers, rows, shrink=["worker", "queues"])
+
+
+def _served(row: dict[str, Any]) -> str:
+    """`survey.load only kind=test, not lang=de`."""
+    parts = [", ".join(row["queues"]), *(f"only {item}" for item in row["select"]), *(f"not {s}" for s in row["skip"])]
+    return " ".join(parts)
