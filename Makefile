@@ -12,6 +12,8 @@ VENV ?= .venv
 #: Handed to pytest by unit, integration and acceptance: `make unit PYTEST_ARGS="-x -k survey"`.
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
+LONG ?=
 
 BIN := $(VENV)/bin
 # A stamp is as new as the last install of its extras; pyproject.toml decides whether that is still right.
@@ -49,14 +51,38 @@ acceptance: $(DEV) ## the command line as people use it
 	@$(BIN)/pytest tests/acceptance -n 2 $(PYTEST_ARGS)
 
 .PHONY: faults
-faults: $(DEV) ## kill workers and services under load, a short while
+faults: $(DEV) ## kill workers and services under load, a short while; and that broken promises would be noticed
 	@$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
 
+.PHONY: faults-full
+faults-full: $(DEV) ## rates, holds, replays and clusters under load at full size (CHAOS_RATE_JOBS, CLUSTER_JOBS ...)
+	@CHAOS_RATE_JOBS=$${CHAOS_RATE_JOBS:-5000} CHAOS_REPLAY_JOBS=$${CHAOS_REPLAY_JOBS:-10000} \
+	CLUSTER_JOBS=$${CLUSTER_JOBS:-10000} CLUSTER_KILLS=$${CLUSTER_KILLS:-10} \
+	CLUSTER_STEP_DOWNS=$${CLUSTER_STEP_DOWNS:-20} $(BIN)/pytest $(PYTEST_ARGS) \
+	$(addprefix tests/chaos/test_,rate_limits.py paced_replay.py holds_in_force.py clusters.py)
+
+# Numbers of faults, for runs that have only these: `make chaos KILLS=1000 JOBS=100000`.
+CHAOS_KINDS := KILLS CHILD_KILLS FREEZES CUTS RESTARTS STEPDOWNS PRIMARY_KILLS OUTAGES REFUSALS PURGES DOUBLES
+MINUTES ?=
+JOBS ?=
+SEED ?=
+CHAOS_ARGS ?=
+
 .PHONY: chaos
-chaos: $(DEV) ## the same at full size: 20,000 jobs, ten kills (CHAOS_JOBS, CHAOS_KILLS, CHAOS_SEED ...)
-	@CHAOS_JOBS=$${CHAOS_JOBS:-20000} CHAOS_KILLS=$${CHAOS_KILLS:-10} \
-	CHAOS_RATE_JOBS=$${CHAOS_RATE_JOBS:-5000} CHAOS_REPLAY_JOBS=$${CHAOS_REPLAY_JOBS:-10000} \
-	$(BIN)/pytest tests/chaos $(PYTEST_ARGS)
+chaos: $(DEV) ## every kind of fault for MINUTES=60, or KILLS=1000 JOBS=100000, RESTARTS=50, STEPDOWNS=50, CUTS=50 ...
+	@$(BIN)/python -m tests.chaos.driver $(CHAOS_CHOSEN) $(CHAOS_ARGS)
+
+CHAOS_NUMBERS = $(foreach kind,$(CHAOS_KINDS),$(if $($(kind)),--$(shell echo $(subst STEPDOWNS,STEP-DOWNS,$(kind)) | tr '[:upper:]_' '[:lower:]-') $($(kind))))
+# Without numbers everything is mixed.
+CHAOS_CHOSEN = $(or $(strip $(CHAOS_NUMBERS)),--minutes $(or $(MINUTES),60)) --jobs $(or $(JOBS),20000) --seed $(or $(SEED),1)
+
+.PHONY: soak
+soak: $(DEV) ## a steady load for MINUTES=60: jobs a second, lag, memory of every process, and whether it grows
+	@$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),60) $(SOAK_ARGS)
+
+.PHONY: model
+model: packages $(DEV) ## the protocol checked by spin, and that broken ones would be noticed (LONG=1: with more faults)
+	@$(BIN)/python docs/model/check.py $(if $(LONG),--long)
 
 .PHONY: bench
 bench: $(DEV) ## stage executions a second, beside plain Celery (BENCH_ARGS="--rounds 1")

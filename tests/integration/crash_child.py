@@ -13,21 +13,32 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pipeline_app import Pipeline, Stage
+from pipeline_app import Job, Pipeline, RateLimited, Stage
 from pipeline_app.application import make_celery
 from pipeline_app.control.accounts.verify import verify
 from pipeline_app.control.changes import cancelling, moving
-from pipeline_app.control.duties import sweep
+from pipeline_app.control.duties import hold_release, sweep
 from pipeline_app.control.seed import paging, seeding
+from pipeline_app.control.targets import holds, throttles
 from pipeline_app.domain.hint import Hint
+from pipeline_app.domain.outcome import ErrorRecord
+from pipeline_app.domain.rates import Budget, Rate
 from pipeline_app.domain.selection import Selection
 from pipeline_app.errors import DuplicateJobError
 from pipeline_app.flow.consume import Flow
+from pipeline_app.flow.give_back import give_back
 from pipeline_app.runtime import Runtime, build
 from pipeline_app.settings import Settings
+from pipeline_app.store import messages
+
+#: What the handlers of a process do besides their work.
+during: list[Callable[[Job], None]] = []
 
 
-def first(n: int) -> int:
+def first(n: int, job: Job) -> int:
+    for act in during:
+        act(job)
+    job.spend(1, "tokens")
     return n + 1
 
 
@@ -39,6 +50,15 @@ def second(n: int) -> dict[str, int]:
 NOTIFY: dict[str, Any] = {"task": "notify", "args": [], "kwargs": {}, "options": {}}
 
 PIPELINE = Pipeline("crash", [Stage(first, chunk=3), Stage(second, chunk=2)], partition_by=["kind"], then=[NOTIFY])
+
+
+#: More than enough for every job, and all that there is to be kept of it: slots, locks, what was spent.
+LIMITS: dict[str, Any] = {
+    "rate": Rate.parse("1000/s"),
+    "burst": 100,
+    "concurrency": 10,
+    "budget": Budget.parse("100000 tokens/h"),
+}
 
 
 def lines(run: str) -> list[dict[str, Any]]:
@@ -83,6 +103,54 @@ def handle(rt: Runtime, run: str, hint: str) -> None:
     flow.notes.flush()
 
 
+def handle_late(rt: Runtime, run: str, hint: str) -> None:
+    """The claim is taken away in the middle, as the sweep does when a lease has ended."""
+    lost = ErrorRecord(type="WorkerLost", message="its lease ended", traceback="")
+
+    def take(_: Job) -> None:
+        for row in messages.claimed(rt.store, _id=json.loads(hint)["message"]):
+            give_back(rt, row, lost=lost)
+
+    during.append(take)
+    handle(rt, run, hint)
+
+
+def handle_limited(rt: Runtime, run: str, hint: str) -> None:
+    """The provider says that it is closed."""
+
+    def refuse(_: Job) -> None:
+        raise RateLimited("429", retry_after=3600)
+
+    during.append(refuse)
+    handle(rt, run, hint)
+
+
+def hold(rt: Runtime, run: str, _: str) -> None:
+    holds.set_hold(rt, run=run, selector={"kind": "b"})
+
+
+def clear_hold(rt: Runtime, run: str, _: str) -> None:
+    holds.clear(rt, run=run, selector={"kind": "b"}, at_once=True)
+
+
+def probe(rt: Runtime, run: str, _: str) -> None:
+    """What the pacing does with holds."""
+    hold_release.probe_held(rt)
+    hold_release.release_kept_by_nothing(rt)
+
+
+def throttle(rt: Runtime, run: str, _: str) -> None:
+    throttles.set_throttle(rt, run=run, selector={"kind": "b"}, **LIMITS)
+
+
+def clear_throttle(rt: Runtime, run: str, _: str) -> None:
+    throttles.clear(rt, run=run, selector={"kind": "b"})
+
+
+def give_priorities(rt: Runtime, run: str, _: str) -> None:
+    moving.set_priority(rt, run, Selection(), 7)
+
+
 def cancel(rt: Runtime, run: str, _: str) -> None:
     cancelling.cancel(rt, run)
 
@@ -111,8 +179,15 @@ def one_round(rt: Runtime, run: str, _: str) -> None:
 
 STEPS: dict[str, Callable[[Runtime, str, str], None]] = {
     step.__name__: step
-    for step in (seed, seed_whole, take_back, handle, cancel, cancel_some, move_some, repair, one_round)
+    for step in (
+        *(seed, seed_whole, take_back, handle, handle_late, handle_limited),
+        *(cancel, cancel_some, move_some, repair, one_round),
+        *(hold, clear_hold, probe, throttle, clear_throttle, give_priorities),
+    )
 }
+
+#: Steps that a worker takes with a message that it has claimed.
+OF_A_WORKER = frozenset({"handle", "handle_late", "handle_limited"})
 
 
 def nursery() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +41,8 @@ class Proxy:
         self._open.set()
         self._flows = threading.Event()
         self._flows.set()
+        #: Everything that goes through is held up for as long.
+        self.delay_s = 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def address(self, url: str) -> str:
@@ -54,7 +57,8 @@ class Proxy:
         self._drop_all()
 
     def restore(self) -> None:
-        """The service is back."""
+        """The service is back, and as fast as ever."""
+        self.delay_s = 0.0
         self._open.set()
         self._flows.set()
 
@@ -93,9 +97,14 @@ class Proxy:
     def _carry(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                self._flows.wait()
+                self._hold_up()
                 sink.sendall(data)
         self._drop(source, sink)
+
+    def _hold_up(self) -> None:
+        self._flows.wait()
+        if self.delay_s:
+            time.sleep(self.delay_s)
 
     def _drop(self, *sockets: socket.socket) -> None:
         with self._lock:
@@ -145,7 +154,7 @@ class MongoProxy(Proxy):
     ) -> None:
         with contextlib.suppress(OSError):
             while message := _read_message(source):
-                self._flows.wait()
+                self._hold_up()
                 request, answers = struct.unpack_from("<ii", message, 4)
                 if when == "before":
                     command = asked[request] = _command(message)
@@ -164,11 +173,11 @@ class MongoProxy(Proxy):
 
 
 def _read_message(source: socket.socket) -> bytes:
-    head = _read(source, 4)
-    return head + _read(source, struct.unpack("<i", head)[0] - 4) if head else b""
+    head = read_exactly(source, 4)
+    return head + read_exactly(source, struct.unpack("<i", head)[0] - 4) if head else b""
 
 
-def _read(source: socket.socket, size: int) -> bytes:
+def read_exactly(source: socket.socket, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         piece = source.recv(size - len(data))
