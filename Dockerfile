@@ -15,5 +15,6 @@ COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
 COPY celeryconfig.py ./
 COPY handlers handlers
-USER pipeline
+# By number: Kubernetes refuses a name where it is to see that this is not root.
+USER 10001
 CMD ["celery", "-A", "pipeline_app", "worker"]

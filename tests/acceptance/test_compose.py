@@ -158,6 +158,27 @@ def test_passwords_and_ports_come_from_the_environment() -> None:
     assert [published(port)[1] for port in services["mongodb"]["ports"]] == ["4711"]
 
 
+@pytest.mark.parametrize("stage", [stage.name for stage in survey.stages])
+def test_a_stage_can_have_more_workers_and_slots(stage: str) -> None:
+    # Given a number of workers and slots for one stage
+    services = config(**{f"{stage.upper()}_WORKERS": "4", f"{stage.upper()}_SLOTS": "7"})["services"]
+    # Then it has them, the others have their own, and nothing keeps several from running on one machine
+    numbers = {name: services[name]["deploy"]["replicas"] for name in WORKERS}
+    assert numbers == {name: 4 if name == f"worker-{stage}" else 1 for name in WORKERS}
+    command = words(services[f"worker-{stage}"])
+    assert command[command.index("--concurrency") + 1] == "7"
+    assert not [name for name in WORKERS if "container_name" in services[name] or services[name].get("ports")]
+
+
+@pytest.mark.parametrize("name", sorted(WORKERS | {"flower"}))
+def test_the_application_has_no_rights(services: dict[str, dict[str, Any]], name: str) -> None:
+    service = services[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert "/tmp" in str(service["tmpfs"])
+
+
 def test_the_file_has_no_password_that_cannot_be_set() -> None:
     text = (ROOT / "compose.yaml").read_text()
     for name, value in re.findall(r"^\s*(\w*(?:PASS|AUTH)\w*): (.*)$", text, re.MULTILINE):
