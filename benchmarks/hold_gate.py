@@ -91,7 +91,15 @@ def work(layout: Layout, chunk: int) -> Work:
     """A claimed message of `chunk` jobs."""
     ids = [f"job-{n:05}" for n in range(chunk)]
     plan = RunPlan(
-        run=RUN, pipeline="bench", hash="", stages=(), partition_by=None, then=(), created_at=datetime.now(UTC)
+        run=RUN,
+        pipeline="bench",
+        hash="",
+        stages=(),
+        partition_by=None,
+        order_partitions=1,
+        bound=None,
+        then=(),
+        created_at=datetime.now(UTC),
     )
     return Work(
         plan=plan,

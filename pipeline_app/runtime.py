@@ -38,6 +38,8 @@ VERSION = version_of("pipeline-app")
 REFRESH_S = 1.0
 #: A process with a lifeline reads its flags again after this, whether or not it was told of a change.
 SAFETY_S = 5.0
+#: Runs whose plan a process remembers; beyond, the one that it has known longest is read anew.
+PLANS = 1000
 
 
 def new_incarnation() -> str:
@@ -115,7 +117,11 @@ class Memory:
             manifest = manifests.find(self._store, run)
             if manifest is None:
                 return None
-            plan = self._plans[run] = RunPlan.of(manifest)
+            plan = RunPlan.of(manifest)
+            with self._guard:
+                self._plans[run] = plan
+                if len(self._plans) > PLANS:
+                    del self._plans[next(iter(self._plans))]
         return plan
 
     def need_plan(self, run: str) -> RunPlan:

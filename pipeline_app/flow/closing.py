@@ -66,7 +66,8 @@ class Closings:
         with self._lock:
             if self._is_said(work, hold, until):
                 return hold
-            self._said[hold] = until
+            now = self._rt.store.now()
+            self._said = {known: end for known, end in self._said.items() if end > now} | {hold: until}
             self._unsaved.append(closing)
         self._rt.memory.close(hold, target)
         try:

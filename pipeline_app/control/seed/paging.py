@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,14 +53,16 @@ def as_they_come(lines: Lines) -> Iterator[list[JobLine]]:
     threading.Thread(target=read, name="pipeline-seed-reader", daemon=True).start()
     try:
         page: list[JobLine] = []
+        first_at = 0.0
         while True:
             try:
-                line = waiting.get(timeout=LINGER_S if page else None)
+                line = waiting.get(timeout=max(0.0, first_at + LINGER_S - time.monotonic()) if page else None)
             except queue.Empty:
                 yield page
                 page = []
                 continue
             if isinstance(line, JobLine):
+                first_at = first_at if page else time.monotonic()
                 page.append(line)
             if len(page) == PAGE or (page and not isinstance(line, JobLine)):
                 yield page
