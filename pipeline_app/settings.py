@@ -70,11 +70,11 @@ class Settings(BaseSettings):
     #: A message whose handler runs for that long is acknowledged meanwhile. Less than RabbitMQ's consumer_timeout.
     acknowledge_after_s: float = Field(60.0, gt=0)
 
-    @field_validator("amqp_url")
+    @field_validator("amqp_url", "management_url")
     @classmethod
-    def _is_readable(cls, url: str) -> str:
+    def _is_readable(cls, url: str | None) -> str | None:
         """Refused here: whatever reads it later would show a part of the password with its error."""
-        if not url.startswith("mongodb") and not all(_is_address(part.strip()) for part in url.split(";")):
+        if url and not url.startswith("mongodb") and not all(_is_address(part.strip()) for part in url.split(";")):
             raise ValueError("it cannot be read; in a password write %2F for /, %40 for @, %3F for ?, %23 for #")
         return url
 

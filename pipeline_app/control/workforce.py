@@ -66,8 +66,13 @@ def of_stage(rt: Runtime, stage: str) -> list[Document]:
 
 
 def runs_others(row: Document, stage: str) -> list[str]:
-    """What else that worker runs."""
-    return sorted(_stages(row) - {stage})
+    """What else that worker runs: other stages, and queues that are none of ours."""
+    return sorted((_stages(row) | set(row.get("other_queues", ()))) - {stage})
+
+
+def runs_all(row: Document, stage: str) -> bool:
+    """Whether the worker follows the stage, and does not only run partitions of it that were named one by one."""
+    return stage in row["queues"]
 
 
 def _stages(row: Document) -> set[str]:

@@ -123,9 +123,10 @@ def marked(state_dir: Path, name: str | None = None) -> list[ProcessRecord]:
     return records
 
 
-def stop(records: Iterable[ProcessRecord], *, grace_s: float) -> list[ProcessRecord]:
+def stop(records: Iterable[ProcessRecord], *, grace_s: float, again_s: float = 0.0) -> list[ProcessRecord]:
     """End these processes and their children; returns those that did not end by themselves in time.
 
+    With `again_s` those that are late are told once more, and have so many seconds before they are killed.
     Only the process itself gets the SIGTERM: what is to become of its children is its own affair until the time is up.
     """
     asked = [(record, process) for record in records if (process := find(record)) is not None]
@@ -133,6 +134,10 @@ def stop(records: Iterable[ProcessRecord], *, grace_s: float) -> list[ProcessRec
     for _, process in asked:
         _send(process, signal.SIGTERM)
     _wait_gone([process for _, process in asked], grace_s)
+    if again_s and (slow := [process for _, process in asked if not _gone(process)]):
+        for process in slow:
+            _send(process, signal.SIGTERM)
+        _wait_gone(slow, again_s)
 
     late = [(record, process) for record, process in asked if not _gone(process)]
     family |= {child for _, process in late for child in _children(process)}

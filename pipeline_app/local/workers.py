@@ -20,6 +20,9 @@ from pipeline_app.errors import RefusedError, UsageError
 from pipeline_app.local import files, processes
 from pipeline_app.local.processes import ProcessRecord
 
+#: A worker that has not ended in time is told once more, which ends it at once; it needs some seconds for that.
+AGAIN_S = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewWorker:
@@ -100,6 +103,7 @@ def numbered(wanted: Sequence[NewWorker], taken: Collection[str]) -> list[str]:
 def stop(names: Collection[str] | None = None, *, grace_s: float = 15.0) -> list[str]:
     """Let these workers (all of the project) finish what they have in hand, and end; their children, too.
 
+    What a worker has not finished within `grace_s` it gives back to the others.
     Returns the names of those that had to be killed because they had not ended in time.
     """
     state_dir = settings.state_dir()
@@ -156,7 +160,8 @@ def _start_one(state_dir: Path, new: NewWorker, name: str, env: Mapping[str, str
 
 
 def _stop(state_dir: Path, workers: Collection[WorkerProcess], *, grace_s: float) -> list[str]:
-    killed = processes.stop([worker.process for worker in workers], grace_s=grace_s)
+    # The second signal gives back what runs: being killed would be a loss of its jobs.
+    killed = processes.stop([worker.process for worker in workers], grace_s=grace_s, again_s=AGAIN_S)
     _write(state_dir, _running(state_dir))
     return [worker.name for worker in workers if worker.process in killed]
 

@@ -195,7 +195,8 @@ class Store:
         options = [part for part in query.split("&") if part and not part.lower().startswith(others)]
         if scheme == "mongodb+srv":
             options = ["tls=true", *options]
-        return f"mongodb://{user}{at}{host}:{port}{slash or '/'}{path}?{'&'.join([*options, 'directConnection=true'])}"
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"mongodb://{user}{at}{place}{slash or '/'}{path}?{'&'.join([*options, 'directConnection=true'])}"
 
     def close(self) -> None:
         """End the connections."""

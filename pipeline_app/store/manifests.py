@@ -94,13 +94,14 @@ def update(store: Store, run: str, change: Document, **guard: Any) -> bool:
 # Seed batches
 
 
-def open_batch(store: Store, batch: str, *, run: str, whole: bool, lease_s: float) -> None:
-    """Begin a batch; `whole` ones show nothing of themselves before they are closed."""
+def open_batch(store: Store, batch: str, *, run: str, whole: bool, process: str, lease_s: float) -> None:
+    """Begin a batch of the seeder `process`; `whole` ones show nothing of themselves before they are closed."""
     row = {
         "_id": batch,
         "run": run,
         "state": "open",
         "whole": whole,
+        "process": process,
         "jobs": 0,
         "created_at": store.now(),
         "closed_at": None,
@@ -113,8 +114,10 @@ def open_batch(store: Store, batch: str, *, run: str, whole: bool, lease_s: floa
 def renew_batch(store: Store, batch: str, *, jobs: int, lease_s: float) -> None:
     """The seeder lives; `jobs` are in by now."""
     change = {"jobs": jobs, "lease_until": {"$add": ["$$NOW", int(lease_s * 1000)]}}
+    # Also while it closes, which may take long: nobody else need do it meanwhile.
+    query = {"_id": batch, "state": {"$in": ["open", "interrupted", "closing"]}}
     with translated(store):
-        store.db.seed_batches.update_one({"_id": batch, "state": {"$in": ["open", "interrupted"]}}, [{"$set": change}])
+        store.db.seed_batches.update_one(query, [{"$set": change}])
 
 
 def note_keyed(store: Store, batch: str) -> None:
@@ -124,9 +127,10 @@ def note_keyed(store: Store, batch: str) -> None:
 
 
 def is_keyed(store: Store, batch: str) -> bool:
-    """Whether jobs with an order key came into it."""
+    """Whether it is a whole batch with jobs that have an order key. (Those of a stream queue up as they come.)"""
+    query = {"_id": batch, "keyed": True, "whole": True}
     with translated(store):
-        return store.db.seed_batches.find_one({"_id": batch, "keyed": True}, {"_id": 1}) is not None
+        return store.db.seed_batches.find_one(query, {"_id": 1}) is not None
 
 
 def note_waiting(store: Store, batch: str, since: datetime | None) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from kombu import Connection, Exchange
 
+from pipeline_app.errors import BrokerError
 from pipeline_app.settings import redact
 from pipeline_app.transport.connecting import broker_error, client_errors, connect
+from pipeline_app.transport.publisher import ANSWER_TIMEOUT_S
 from pipeline_app.transport.topology import (
     EXCHANGE,
     PARKED_EXCHANGE,
@@ -20,6 +22,8 @@ from pipeline_app.transport.topology import (
 
 #: RabbitMQ's code for what is not there.
 _NOT_FOUND = 404
+#: And for what is there, with other arguments.
+_OTHERWISE = 406
 
 
 def declared_otherwise(url: str, queue_type: str, names: Sequence[str]) -> dict[str, str]:
@@ -30,6 +34,7 @@ def declared_otherwise(url: str, queue_type: str, names: Sequence[str]) -> dict[
     queues = [*(named_queue(name, queue_type) for name in names), idle_queue(queue_type), parked_queue(queue_type)]
     with connect(url) as connection:
         try:
+            connection.connection.sock.settimeout(ANSWER_TIMEOUT_S)
             return dict(_differing(connection, [EXCHANGE, PARKED_EXCHANGE, *queues]))
         except client_errors(connection) as exc:
             raise broker_error(redact(url), exc) from exc
@@ -47,8 +52,11 @@ def _differing(connection: Connection, entities: Sequence[Exchange | Queue]) -> 
     for entity in entities:
         # First whether it is there: a question must not make it.
         refusal = _refusal(connection, entity, passive=True) or _refusal(connection, entity, passive=False)
-        if refusal is not None and refusal[0] != _NOT_FOUND:
-            yield entity.name, refusal[1]
+        if refusal is None or refusal[0] == _NOT_FOUND:
+            continue
+        if refusal[0] != _OTHERWISE:
+            raise BrokerError(f"RabbitMQ does not let us look at {entity.name}: {refusal[1]}")
+        yield entity.name, refusal[1]
 
 
 def _refusal(connection: Connection, entity: Exchange | Queue, *, passive: bool) -> tuple[int, str] | None:

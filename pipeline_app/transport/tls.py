@@ -30,7 +30,8 @@ class TlsTransport(SSLTransport):  # type: ignore[misc]  # kombu ships no types
         """Connect. Raises UsageError for options that are not ours to understand."""
         client = self.client
         given, host = client.ssl, client.hostname
-        client.ssl = options(given if isinstance(given, Mapping) else {}, host)
+        # Without a name there would be none to check.
+        client.ssl = options(given if isinstance(given, Mapping) else {}, host or "localhost")
         try:
             return super().establish_connection()
         finally:

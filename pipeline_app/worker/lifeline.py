@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 #: How often it looks for new partitions, and whether the worker is to stop.
 PARTITIONS_S = 1.0
+#: What is asked for others is given up after this.
+ASK_LIMIT_S = 2.0
 
 
 class Shared:
@@ -98,9 +100,11 @@ class Lifeline:
         self._stopped = False
         self._registered = False
         self._running = False
+        self._renewed_at = 0.0
         #: Signals that were sent because the record asked for it.
         self._signals = 0
-        #: Called each second with the thread's own client, as long as the store answers. May raise StoreError.
+        #: Called each second with the thread's own client, as long as the store answers. May raise StoreError,
+        #: which says nothing about the store's health.
         self.each_second: list[Callable[[Store], None]] = []
         #: Whether the store answered lately; while it does not, nothing is consumed.
         self.healthy = False
@@ -153,15 +157,31 @@ class Lifeline:
         self._running = False
 
     def _tick(self, store: Store, ticks: int) -> None:
-        if not self._registered or ticks % round(workers.RENEW_S / TICK_S) == 0:
-            self._renew(store)
+        self._renew_in_time(store)
         self._shared.version = workers.version(store, workers.FLAGS)
         if ticks % round(PARTITIONS_S / TICK_S) == 0:
+            self._renew_in_time(store)
             self.partitions = partitions.of_pipelines(store, self._pipelines)
+            self._renew_in_time(store)
             self._obey(workers.stop_wanted(store, self._shared.incarnation))
             for call in self.each_second:
-                call(store)
+                self._renew_in_time(store)
+                self._ask(store, call)
         self.healthy = True
+
+    def _renew_in_time(self, store: Store) -> None:
+        """Before every question: the lease must not end for the time that others take to be answered."""
+        if not self._registered or time.monotonic() - self._renewed_at >= workers.RENEW_S:
+            self._renew(store)
+            self._renewed_at = time.monotonic()
+
+    def _ask(self, store: Store, call: Callable[[Store], None]) -> None:
+        """What others want to know each second. A store that is slow with that is not away."""
+        try:
+            with store.limited(ASK_LIMIT_S):
+                call(store)
+        except StoreError as exc:
+            logger.info("not known in time: %s", exc)
 
     def _obey(self, wanted: str | None) -> None:
         """Stop the worker as its record asks. A second signal ends what runs: never send one too many."""

@@ -141,6 +141,8 @@ class WorkerProcess:
             "pool": {"thread": "threads"}.get(pool, pool),
             "concurrency": consumer.pool.num_processes if pool != "solo" else 1,
             "queues": sorted(self.selection.named),
+            # Of Celery's tasks that are no stages: whoever stops this worker leaves them without one.
+            "other_queues": sorted(self.selection.others),
             "stages": sorted(f"{pipeline}.{stage}" for pipeline, stage in self.selection.stages),
             "select": select,
             "skip": skip,

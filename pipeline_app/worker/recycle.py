@@ -153,7 +153,8 @@ class Recycling:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        if not self._begun or self._process.stopping.is_asked or self._is_to_stop():
+        # The signal last: it may come while the store is asked.
+        if not self._begun or self._is_to_stop() or self._process.stopping.is_asked:
             os._exit(0)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:

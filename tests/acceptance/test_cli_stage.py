@@ -196,6 +196,34 @@ def test_a_worker_of_several_stages_is_stopped_only_by_its_name(project: Project
         assert worker.process.wait(10) == 0
 
 
+def test_workers_that_no_new_one_would_be_like_are_left_alone(project: Project) -> None:
+    """Given workers of an own task's queue, too, and of one partition, then neither is replaced or scaled away."""
+    project.seed("r1", jobs(1))
+    with project.worker("-Q", "demo.first,celery"), project.worker("-Q", "demo.first.kind__a"):
+        done = project.cli("stage", "replace", *FIRST, "--dry-run")
+        assert done.returncode == 1
+        assert "runs celery, too, and is left alone" in done.stderr
+        assert "runs only demo.first.kind__a, and is left alone" in done.stderr
+
+        assert stage(project, "scale", "--workers", "0")["stopped"] == []
+        status = {row["stage"]: row["workers"] for row in project.json("run", "status", "r1")["stages"]}
+        assert status == {"first": 2, "second": 0, "third": 0}
+
+
+def test_going_down_gives_back_what_takes_too_long(project: Project) -> None:
+    """Given a detached worker and a handler that does not end, when all is stopped, then the job has lost nothing."""
+    project.seed("r1", jobs(1, sleep_s=600))
+    stage(project, "start", *THREADS)
+    eventually(project.calls)
+
+    done = project.cli("down", timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    states = project.json("run", "status", "r1")["states"]
+    assert (states["pending"], states["running"]) == (1, 0)
+    assert project.json("attempts", "r1") == []
+
+
 def test_stopping_now_gives_back_what_runs(project: Project) -> None:
     # Given a handler that takes long
     project.seed("r1", jobs(1, sleep_s=60))

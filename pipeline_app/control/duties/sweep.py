@@ -6,6 +6,7 @@ What is let go at a pace, in small steps many times a second, is in `pacing.py`.
 from __future__ import annotations
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -18,7 +19,7 @@ from pipeline_app.control.seed import seeding
 from pipeline_app.domain.evidence import worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.domain.partition import queue_stage
-from pipeline_app.errors import QueueRefusedError
+from pipeline_app.errors import BrokerError, QueueRefusedError
 from pipeline_app.flow.enqueue import then_queue
 from pipeline_app.flow.forward import publish_and_note, publish_or_leave
 from pipeline_app.flow.give_back import give_back
@@ -86,17 +87,29 @@ def release_due(rt: Runtime) -> None:
 
 
 def publish_unpublished(rt: Runtime) -> None:
-    """Publish what a process recorded but could not publish. Raises BrokerError if the broker is still away."""
+    """Publish what a process recorded but could not publish. Raises BrokerError if the broker is still away.
+
+    A queue that the broker refuses, or does not confirm for, keeps no other from its turn.
+    """
     groups: dict[str, list[Document]] = defaultdict(list)
     for row in messages.unpublished(rt.store, _queues(rt), PAGE):
         groups[row["queue"]].append(row)
-    for queue in sorted(groups):
+    failed: BrokerError | None = None
+    # In any order: what ends a round must not end every round before the same queues.
+    for queue in random.sample(sorted(groups), len(groups)):
         try:
             publish_and_note(rt, groups[queue])
-        except QueueRefusedError as exc:
+        except BrokerError as exc:
             logger.warning("not published: queue=%s messages=%d: %s", queue, len(groups[queue]), exc)
+            if isinstance(exc, QueueRefusedError):
+                continue
+            if failed is not None:
+                raise
+            failed = exc
             continue
         logger.warning("published what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
+    if failed is not None:
+        raise failed
 
 
 def publish_forgotten(rt: Runtime) -> None:
@@ -176,7 +189,7 @@ DUTIES = (
     Duty(do=publish_unpublished),
     Duty(do=publish_forgotten, every_s=FORGOTTEN_EVERY_S),
     Duty(do=release_definitions, every_s=DEFINITIONS_EVERY_S),
-    Duty(do=seeding.sweep),
+    Duty(do=seeding.sweep, calm_s=CALM_S),
     Duty(do=cancelling.sweep),
     Duty(do=cancelling.stop_handlers),
     Duty(do=fold_counters, every_s=FOLD_EVERY_S),

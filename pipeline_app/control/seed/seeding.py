@@ -137,7 +137,8 @@ class _Batch:
     @contextmanager
     def leased(self) -> Iterator[None]:
         """The batch is open, and a thread keeps it so, however slowly its jobs come."""
-        manifests.open_batch(self.rt.store, self.id, run=self.plan.run, whole=self.whole, lease_s=LEASE_S)
+        mine = {"run": self.plan.run, "process": self.rt.process}
+        manifests.open_batch(self.rt.store, self.id, **mine, whole=self.whole, lease_s=LEASE_S)
         ended = threading.Event()
 
         def renew() -> None:
@@ -332,6 +333,8 @@ def sweep(rt: Runtime) -> None:
     for row in manifests.abandoned_batches(rt.store, "open", "closing", "removing"):
         if row["state"] == "open":
             logger.warning("its seeder is gone: batch=%s run=%s", row["_id"], row["run"])
+            # Killed in the middle of a page it holds the turns of its keys, which other duties need.
+            rt.store.end_transactions(row.get("process", ""))
             manifests.set_batch(rt.store, row["_id"], "interrupted", expected=("open",))
         elif row["state"] == "closing":
             close_batch(rt, row)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline_app.control.serving import serving
 from pipeline_app.control.sight import keeping
-from pipeline_app.domain.partition import queue_name
+from pipeline_app.domain.partition import queue_name, queue_stage
 from pipeline_app.domain.plan import RunPlan
 from pipeline_app.domain.states import AT_REST, JobState
 from pipeline_app.domain.target import Target
@@ -175,7 +175,7 @@ def _states(totals: dict[str, int], running: int) -> dict[str, int]:
 
 
 def _workforce(alive: list[Document], stage: str) -> dict[str, int]:
-    mine = [row for row in alive if stage in row.get("stages", ()) or any(q.startswith(stage) for q in row["queues"])]
+    mine = [row for row in alive if stage in {*row.get("stages", ()), *map(queue_stage, row["queues"])}]
     return {"workers": len(mine), "concurrency": sum(row["concurrency"] for row in mine)}
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline_app.errors import PipelineError
-from pipeline_app.views.cli.common import EXIT_NO, undisturbed
+from pipeline_app.views.cli.common import EXIT_NO, patiently, undisturbed
 from pipeline_app.views.cli.render import duration, echo_error, echo_json, one_line, plural
 from pipeline_app.views.cli.targets import echo_nothing_changed
 
@@ -140,7 +140,7 @@ def _gone(rt: Runtime, rows: Sequence[Row], *, now: bool, timeout: float | None,
     begin = told = time.monotonic()
     tell(f"stopping {plural(len(rows), 'worker')}: {_names(rows)}")
     left = list(rows)
-    while left := workforce.still_running(rt, rows, now=now) or _ending(rows):
+    while left := patiently(lambda: workforce.still_running(rt, rows, now=now)) or _ending(rows):
         since = time.monotonic()
         if timeout is not None and since - begin >= timeout:
             return left

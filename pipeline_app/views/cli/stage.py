@@ -115,7 +115,7 @@ def stop(
         rows = _named(rt, done.stage, names) if names else _dedicated(rt, done.stage, selectors or None)
         if not rows:
             raise NotFoundError(_nobody(done.stage, selectors), hint="pipeline-app workers shows who runs what")
-        rows = rows if number is None else rows[-number:]
+        rows = rows if number is None else _running(rows)[-number:]
         _stop(rt, done, rows, manner, _tell(as_json))
         return detached.echo(rt, done, as_json=as_json)
 
@@ -154,7 +154,7 @@ def replace(
     with connection(write=not dry_run, pipelines=True) as rt:
         done = _begin(rt, run, stage, dry_run=dry_run)
         _check_pipeline(rt, done)
-        rows = _here(_running(_dedicated(rt, done.stage, selectors or None)))
+        rows = _here(_running(_dedicated(rt, done.stage, selectors or None, whole=True)))
         if not rows:
             text = f"{_nobody(done.stage, selectors)} on this machine"
             raise NotFoundError(text, hint="pipeline-app stage start starts some")
@@ -195,7 +195,7 @@ def scale(
     """
     with connection(write=not dry_run, pipelines=True) as rt:
         done = _begin(rt, run, stage, dry_run=dry_run)
-        rows = _running(_dedicated(rt, done.stage, selectors))
+        rows = _running(_dedicated(rt, done.stage, selectors, whole=True))
         if number > len(rows):
             _start_new(rt, done, number - len(rows), selectors, slots, _tell(as_json))
         elif number < len(rows):
@@ -278,8 +278,11 @@ def _is_called(row: Row, name: str) -> bool:
     return name in (row["worker"], row["worker"].partition("@")[0])
 
 
-def _dedicated(rt: Runtime, stage: str, selectors: Selectors | None) -> list[Row]:
-    """Workers that run only this stage, and with exactly these selectors if given; oldest first."""
+def _dedicated(rt: Runtime, stage: str, selectors: Selectors | None, *, whole: bool = False) -> list[Row]:
+    """Workers that run only this stage, and with exactly these selectors if given; oldest first.
+
+    With `whole` not those of partitions that were named one by one: no other worker is like them.
+    """
     from pipeline_app.control import workforce
 
     found = []
@@ -287,6 +290,8 @@ def _dedicated(rt: Runtime, stage: str, selectors: Selectors | None) -> list[Row
         others = workforce.runs_others(row, stage)
         if others:
             echo_warning(f"{row['worker']} runs {', '.join(others)}, too, and is left alone")
+        elif whole and not workforce.runs_all(row, stage):
+            echo_warning(f"{row['worker']} runs only {', '.join(row['queues'])}, and is left alone")
         elif selectors is None or workforce.has_selectors(row, selectors):
             found.append(row)
     return found
