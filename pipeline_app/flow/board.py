@@ -92,6 +92,12 @@ class Board:
                     found.append(one)
         return found
 
+    def clear(self, one: Overdue) -> None:
+        """That child was ended, and tells nothing any more."""
+        for row in self._rows:
+            if (row.pid, row.until) == (one.pid, one.since):
+                row.until = 0.0
+
     def _own(self) -> _Row | None:
         number = 0 if os.getpid() == self._main else getattr(current_process(), "index", ROWS) + 1
         return self._rows[number] if number < ROWS else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -236,6 +237,16 @@ class StageRequest(Request):  # type: ignore[misc]  # Celery ships no types
 
     #: Called with the message id, the error and the child's pid (if known) when a child was lost; set by the worker.
     on_lost: ClassVar[Callable[[str, BaseException, int | None], None] | None] = None
+    #: A message is acknowledged by the thread that handled it, or early by the main one; twice would end the worker.
+    _once: ClassVar[threading.RLock] = threading.RLock()
+
+    def acknowledge(self) -> None:
+        with self._once:
+            super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:
+        with self._once:
+            super().reject(requeue=requeue)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         exc = getattr(exc_info.exception, "exc", exc_info.exception)
@@ -289,6 +300,9 @@ class StageTask(Task):  # type: ignore[misc]  # Celery ships no types
         except Exception as exc:
             logger.exception("our own error: message=%s task=%s", self.request.id, self.name)
             self._flow().give_up(self.request.id, exc)
+            if isinstance(exc, MemoryError):
+                # Celery raises it once more in the main process, which would end.
+                raise PipelineError("out of memory between claim and record") from exc
             raise
 
     def _park(self, args: Sequence[Any], kwargs: dict[str, Any], reason: str) -> str:

@@ -154,7 +154,10 @@ class Watch:
 
     def _overtake(self) -> None:
         # Recording may wait for the store: meanwhile others run into their limits, too.
-        threading.Thread(target=self._settle, name="pipeline-overdue", daemon=True).start()
+        try:
+            threading.Thread(target=self._settle, name="pipeline-overdue", daemon=True).start()
+        except RuntimeError:  # no more threads on this machine: then the others have to wait
+            self._settle()
 
     def _settle(self) -> None:
         try:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: How often the consumed queues are compared with what they should be.
 FOLLOW_S = 0.2
+#: How often a close that pool threads disturbed is tried again.
+CLOSE_TRIES = 10
 
 
 class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
@@ -53,6 +55,15 @@ class StageConsumer(Consumer):  # type: ignore[misc]  # Celery ships no types
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Any], None]:
         """What is called with every message."""
         return guard(self, super().create_task_handler(*args, **options))
+
+    def on_close(self) -> Any:
+        """Celery's, before a reconnect: asked again if a thread of the pool changes one of its sets meanwhile."""
+        for _ in range(CLOSE_TRIES):
+            try:
+                return super().on_close()
+            except RuntimeError as exc:
+                logger.info("closing once more: %s", exc)
+        return super().on_close()
 
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
         """Celery acknowledges what it cannot decode; rejected, it goes to the parked queue."""
@@ -220,6 +231,9 @@ def _drain_often(connection: Any) -> None:
     drain: Callable[..., Any] = connection.drain_events
 
     def drain_events(timeout: float | None = None, **options: Any) -> Any:
+        # What is called between two looks does not tell the loop; kombu would connect anew, without any consumer.
+        if not connection.connected:
+            raise ConnectionResetError("the connection to the broker is gone")
         return drain(timeout=FOLLOW_S if timeout is None else min(timeout, FOLLOW_S), **options)
 
     connection.drain_events = drain_events

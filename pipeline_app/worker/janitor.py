@@ -37,8 +37,6 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 5.0
 AGAIN_S = 10.0
 #: Claims of dead children are looked for this often; one that is seen twice was not reported.
 LOOK_S = 10.0
-#: The clocks of processes and of the store may differ by less than this.
-CLOCKS_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +150,7 @@ def _is_dead(row: Document) -> bool:
     """Whether the child that has claimed the message is gone."""
     try:
         process = psutil.Process(process_id(row["process"]))
-        if process.ppid() != os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        # Its number may have gone to another one.
-        return bool(process.create_time() > row["claimed_at"].timestamp() + CLOCKS_S)
+        return bool(process.ppid() != os.getpid() or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

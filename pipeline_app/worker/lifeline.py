@@ -208,9 +208,13 @@ class Lifeline:
             # What was asked of the old incarnation is meant for the process.
             self._obey(workers.stop_wanted(store, self._shared.incarnation))
             # The sweep gave our work to others: what runs now is refused, what is claimed from here on is ours again.
-            self._shared.incarnation = new_incarnation()
-            logger.warning("the lease had ended; new incarnation: worker=%s", self._shared.incarnation)
-        workers.register(store, self._shared.incarnation, {**self._describe(), **fields})
+            # Known to the store before anything is claimed under it.
+            name = new_incarnation()
+            workers.register(store, name, {**self._describe(), **fields})
+            self._shared.incarnation = name
+            logger.warning("the lease had ended; new incarnation: worker=%s", name)
+        else:
+            workers.register(store, self._shared.incarnation, {**self._describe(), **fields})
         self._shared.lease_begins(asked_at)
         self._registered = True
 

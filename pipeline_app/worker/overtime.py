@@ -60,7 +60,10 @@ class Overtime:
                 logger.warning("ending a child that is stuck in its handler: pid=%d message=%s", one.pid, one.message)
                 # First, so that nobody takes its end for a loss of the job.
                 self._record(one)
-                end_tree(one.pid, parent=os.getpid())
+                # It may have come back meanwhile, and run something else by now.
+                if one in self._board.overdue():
+                    end_tree(one.pid, parent=os.getpid())
+                    self._board.clear(one)
 
     def _record(self, one: Overdue) -> None:
         rt = self._runtime()

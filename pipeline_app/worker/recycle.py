@@ -8,6 +8,7 @@ that is lost to a handler that does not end is given up here, too.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import random
@@ -151,8 +152,10 @@ class Recycling:
         # One of the two threads that may come here does it, and neither comes back.
         self._lock.acquire()
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # Nobody may be there to read it.
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         # The signal last: it may come while the store is asked.
         if not self._begun or self._is_to_stop() or self._process.stopping.is_asked:
             os._exit(0)
