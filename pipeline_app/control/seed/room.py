@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pipeline_app.domain.job import JobLine
 from pipeline_app.domain.outage import Outage
 from pipeline_app.domain.plan import RunPlan
-from pipeline_app.errors import RefusedError, StoreError
+from pipeline_app.errors import StoreError
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, manifests
 
@@ -56,19 +56,12 @@ class Room:
         self._note(waits=True)
         try:
             while unfinished >= bound:
-                self._refuse_cancelled()
                 self._waiting(f"{unfinished:,} jobs are unfinished, and the bound of run {self._plan.run} is {bound:,}")
                 time.sleep(LOOK_EVERY_S)
                 unfinished = self._look(unfinished)
         finally:
             self._note(waits=False)
-        self._refuse_cancelled()
         return bound - unfinished
-
-    def _refuse_cancelled(self) -> None:
-        """Cancelled jobs are at rest: that makes room, but not for more of them."""
-        if self._rt.memory.is_cancelled(self._plan.run):
-            raise RefusedError(f"run {self._plan.run} was cancelled", hint="make another run")
 
     def _look(self, before: int) -> int:
         """How many are unfinished; as many as before while the store is away: who waits has nothing to lose."""
