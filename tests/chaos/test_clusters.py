@@ -48,7 +48,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 def make_project(folder: Path, services: TestServices, **addresses: str) -> closing[Project]:
     """A project with other addresses than those of the shared services."""
-    found = {"amqp_url": services.amqp_url, "mongodb_url": services.mongodb_url, **addresses}
+    # A virtual host of its own: its default queue is of another kind.
+    found = {"amqp_url": services.new_vhost(), "mongodb_url": services.mongodb_url, **addresses}
     folder.mkdir()
     made = Project(folder, TestServices(folder=services.folder, **found))
     # The queue of tasks that are no stages is Celery's own business: by default it is on one node, and gone with it.
