@@ -189,7 +189,7 @@ DUTIES = (
     Duty(do=publish_unpublished),
     Duty(do=publish_forgotten, every_s=FORGOTTEN_EVERY_S),
     Duty(do=release_definitions, every_s=DEFINITIONS_EVERY_S),
-    Duty(do=seeding.sweep, calm_s=CALM_S),
+    Duty(do=seeding.sweep),
     Duty(do=cancelling.sweep),
     Duty(do=cancelling.stop_handlers),
     Duty(do=fold_counters, every_s=FOLD_EVERY_S),
