@@ -35,11 +35,6 @@ class Consuming:
         self._ended: set[str] = set()
         self._declared: set[str] = set()
 
-    @property
-    def queues(self) -> set[str]:
-        """What is consumed."""
-        return set(self._consumed)
-
     def reserved(self) -> Reserved:
         """What is consumed, and what is un-acknowledged of it."""
         held = Counter(

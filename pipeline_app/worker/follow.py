@@ -27,7 +27,7 @@ from pipeline_app.worker.early import Early
 from pipeline_app.worker.intake import guard
 from pipeline_app.worker.options import selection
 from pipeline_app.worker.process import WorkerProcess
-from pipeline_app.worker.rotation import Rotation
+from pipeline_app.worker.rotation import Reserved, Rotation
 from pipeline_app.worker.stopping import How
 
 logger = logging.getLogger(__name__)
@@ -175,23 +175,22 @@ class Follow(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no 
         wanted: set[str] = set()
         if lifeline.healthy and not takes_nothing:
             wanted = self.process.selection.wanted(lifeline.partitions)
-        plan = self._plan(consumer, wanted)
         reserved = self._consuming.reserved()
+        plan = self._plan(consumer, wanted, reserved)
         changed = [queue for queue, prefetch in reserved.consumed.items() if plan.get(queue) != prefetch]
         self._consuming.end(changed)
         for name, prefetch in plan.items():
             if name not in reserved.consumed or name in changed:
                 self._consuming.begin(named_queue(name, queue_type), prefetch)
 
-    def _plan(self, consumer: Any, wanted: set[str]) -> dict[str, int]:
+    def _plan(self, consumer: Any, wanted: set[str], reserved: Reserved) -> dict[str, int]:
         """Queue -> prefetch."""
-        assert self._consuming is not None
         share = self._rotation.share
         if consumer.qos_global is not False or not share:
             # The broker counts for all queues together, or is not to count at all.
             return dict.fromkeys(sorted(wanted), share)
         self._tight = frozenset(wanted) if self._rotation.is_tight(len(wanted)) else frozenset()
-        return self._rotation.plan(time.monotonic(), wanted, self._work, self._consuming.reserved())
+        return self._rotation.plan(time.monotonic(), wanted, self._work, reserved)
 
     def _consume_others(self, consumer: Any, names: Iterable[str]) -> None:
         """Queues that are none of ours are all consumed, or none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import socket
@@ -11,8 +10,6 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import psutil
 
 from pipeline_app.domain.pipeline import Pipeline
 from pipeline_app.errors import StoreError
@@ -23,6 +20,7 @@ from pipeline_app.settings import WORKER_LOG
 from pipeline_app.store import messages
 from pipeline_app.store.client import Document
 from pipeline_app.worker.backlog import THREADS, Backlog, backlog_of
+from pipeline_app.worker.ending import end_pool
 from pipeline_app.worker.janitor import Janitor
 from pipeline_app.worker.lifeline import Lifeline, Shared
 from pipeline_app.worker.selection import Selection
@@ -31,8 +29,6 @@ from pipeline_app.worker.stopping import Stopping
 logger = logging.getLogger(__name__)
 
 PREFORK = "celery.concurrency.prefork"
-#: Handlers in children have this long to clean up after a stop at once.
-CHILD_PATIENCE_S = 0.7
 #: A duty of the sweep that is under way when the worker leaves has this long to end.
 LEADER_PATIENCE_S = 2.0
 
@@ -113,7 +109,7 @@ class WorkerProcess:
         """The same although handlers run, which is no loss of theirs. Whether everything was given back."""
         self.janitor.close()
         if type(self._consumer.pool).__module__ == PREFORK:
-            end_children(self._consumer.pool)
+            end_pool(self._consumer.pool)
         self.leave()
         return self._said_goodbye
 
@@ -152,16 +148,3 @@ class WorkerProcess:
             "state": "running",
             "ended_at": None,
         }
-
-
-def end_children(pool: Any) -> None:
-    """End the children of a prefork pool: first by a signal that lets handlers clean up, soon by one that does not."""
-    children = []
-    for child in list(pool._pool._pool) if pool._pool is not None else []:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children.append(psutil.Process(child.pid))
-    for signal_name, patience_s in (("terminate", CHILD_PATIENCE_S), ("kill", 1.0)):
-        for process in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                getattr(process, signal_name)()
-        _, children = psutil.wait_procs(children, timeout=patience_s)

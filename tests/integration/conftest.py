@@ -12,6 +12,8 @@ from pipeline_app.runtime import Runtime
 from pipeline_app.store import accounts
 from tests.integration.gate import Gate
 from tests.integration.helpers import NewFlow
+from tests.integration.nursery import Nursery
+from tests.integration.ordered import Diary
 from tests.integration.proxy import MongoProxy, Proxy
 from tests.project import Project
 from tests.services import TestServices
@@ -66,3 +68,17 @@ def tiny_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accounting looks at a few jobs and attempts at a time."""
     monkeypatch.setattr(accounts, "PAGE", 3)
     monkeypatch.setattr(accounts, "LEDGER_PAGE", 2)
+
+
+@pytest.fixture
+def nursery(project: Project, mongo_proxy: MongoProxy) -> Iterator[Nursery]:
+    """Lets children take steps of the protocol, and kills them at their writes."""
+    made = Nursery(project, mongo_proxy)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def diary() -> Diary:
+    """What handlers of a keyed pipeline write down."""
+    return Diary()

@@ -25,6 +25,7 @@ from pipeline_app.store import jobs, messages, partitions, workers
 from pipeline_app.store.client import Document
 from pipeline_app.transport.depth import depths
 from pipeline_app.transport.topology import named_queue
+from tests.project import Project
 
 #: The fixture `new_flow`.
 NewFlow = Callable[[Runtime], Flow]
@@ -39,6 +40,14 @@ def pipeline(*stages: Stage | Callable[..., Any], **options: Any) -> Pipeline:
 def lines(number: int, *, payload: Callable[[int], Any] = lambda n: n, **fields: Any) -> list[dict[str, Any]]:
     """Job lines `j0`, `j1` and so on."""
     return [{"job_id": f"j{n}", "payload": payload(n), **fields} for n in range(number)]
+
+
+def new_run(project: Project, chosen: Pipeline, run: str = "r") -> Runtime:
+    """A runtime of this process, in which there is a run of the pipeline without jobs."""
+    rt = project.runtime(chosen)
+    prepare(rt)
+    runs.create_run(rt, run, chosen)
+    return rt
 
 
 def begin(

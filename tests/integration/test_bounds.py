@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.application import prepare
 from pipeline_app.control import runs
 from pipeline_app.control.changes import cancelling
 from pipeline_app.control.seed import paging, seeding
@@ -23,7 +22,7 @@ from pipeline_app.domain.plan import RunPlan
 from pipeline_app.errors import DefinitionError, RefusedError, UsageError
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import counters, manifests
-from tests.integration.helpers import as_row, double, in_threads, lines, pipeline, prove, pump
+from tests.integration.helpers import as_row, double, in_threads, lines, new_run, pipeline, prove, pump
 from tests.integration.proxy import MongoProxy
 from tests.integration.replays import carry_out, start
 from tests.integration.worker_run import STAGES
@@ -41,10 +40,7 @@ def chosen() -> Pipeline:
 
 @pytest.fixture
 def rt(project: Project, chosen: Pipeline) -> Runtime:
-    made = project.runtime(chosen)
-    prepare(made)
-    runs.create_run(made, "r", chosen)
-    return made
+    return new_run(project, chosen)
 
 
 def unfinished(rt: Runtime) -> int:

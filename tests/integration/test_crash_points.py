@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,17 +21,9 @@ from pipeline_app.store import manifests, messages
 from tests.integration import crash_child
 from tests.integration.helpers import attempts, backdate, by_state, hints, prove, pump
 from tests.integration.nursery import Nursery, each_gap, finish, go_through, take_away
-from tests.integration.proxy import MongoProxy
 from tests.project import REPOSITORY, Project
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture
-def nursery(project: Project, mongo_proxy: MongoProxy) -> Iterator[Nursery]:
-    made = Nursery(project, mongo_proxy)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ As `test_crash_points.py`, for holds, throttles and priorities.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -24,20 +24,12 @@ from pipeline_app.store import workers
 from tests.integration import crash_child
 from tests.integration.helpers import attempts, backdate, by_state, hints, pump
 from tests.integration.nursery import Nursery, each_gap, finish
-from tests.integration.proxy import MongoProxy
 from tests.project import Project, eventually
 
 pytestmark = pytest.mark.timeout(400)
 
 KIND_B = {"kind": "b"}
 SLOW = Rate.parse("1/h")
-
-
-@pytest.fixture
-def nursery(project: Project, mongo_proxy: MongoProxy) -> Iterator[Nursery]:
-    made = Nursery(project, mongo_proxy)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.application import prepare
 from pipeline_app.control import runs
 from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
@@ -20,6 +19,7 @@ from tests.integration.helpers import (
     double,
     job,
     lines,
+    new_run,
     pipeline,
     prove,
     pump,
@@ -34,10 +34,7 @@ def chosen() -> Pipeline:
 
 @pytest.fixture
 def rt(project: Project, chosen: Pipeline) -> Runtime:
-    made = project.runtime(chosen)
-    prepare(made)
-    runs.create_run(made, "r", chosen)
-    return made
+    return new_run(project, chosen)
 
 
 def test_times_of_a_job(rt: Runtime) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +16,8 @@ from pymongo.errors import OperationFailure
 
 from pipeline_app.store.client import Store
 from tests.integration.secured import admin, guarded_mongod, make_mongodb_user, make_rabbitmq_user
-from tests.integration.test_store import HOLDS_A_DOCUMENT
-from tests.project import REPOSITORY, Project, eventually
+from tests.integration.test_store import die_in_a_transaction
+from tests.project import Project, eventually
 from tests.services import TestServices
 from tests.unit.test_cli_commands import COMMANDS
 
@@ -153,16 +150,7 @@ def test_what_a_killed_process_had_locked_is_freed(project: Project) -> None:
     """Given a process of the same user that was killed in its transaction, then the user may end that."""
     store = Store(project.mongodb_url)
     store.db.job_states.insert_one({"_id": "r/1"})
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDS_A_DOCUMENT, project.mongodb_url],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as victim:
-        assert victim.stdout is not None
-        assert victim.stdout.readline() == "locked\n"
-        os.kill(victim.pid, signal.SIGKILL)
+    die_in_a_transaction(project.mongodb_url)
     try:
         assert eventually(lambda: store.end_transactions("victim")) == 1
     finally:

@@ -8,8 +8,6 @@ from collections import defaultdict
 import pytest
 
 from pipeline_app import PermanentError, Pipeline, RateLimited
-from pipeline_app.application import prepare
-from pipeline_app.control import runs
 from pipeline_app.control.changes import cancelling, moving
 from pipeline_app.control.duties import hold_release, ordering, sweep
 from pipeline_app.control.seed import seeding
@@ -30,6 +28,7 @@ from tests.integration.helpers import (
     by_state,
     hints,
     job,
+    new_run,
     pipeline,
     prove,
     pump,
@@ -42,21 +41,13 @@ from tests.project import Project, eventually
 
 
 @pytest.fixture
-def diary() -> Diary:
-    return Diary()
-
-
-@pytest.fixture
 def chosen(diary: Diary) -> Pipeline:
     return with_diary(diary)
 
 
 @pytest.fixture
 def rt(project: Project, chosen: Pipeline) -> Runtime:
-    made = project.runtime(chosen)
-    prepare(made)
-    runs.create_run(made, "r", chosen)
-    return made
+    return new_run(project, chosen)
 
 
 def test_one_after_the_other_through_all_stages(rt: Runtime, diary: Diary) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from pipeline_app import Pipeline
-from pipeline_app.application import prepare
-from pipeline_app.control import runs
 from pipeline_app.control.accounts.verify import verify
 from pipeline_app.control.changes import cancelling
 from pipeline_app.control.changes.release import enqueue_parked
@@ -29,6 +27,7 @@ from tests.integration.helpers import (
     everything,
     in_threads,
     job,
+    new_run,
     prove,
     pump,
 )
@@ -38,21 +37,13 @@ from tests.project import Project, eventually
 
 
 @pytest.fixture
-def diary() -> Diary:
-    return Diary()
-
-
-@pytest.fixture
 def chosen(diary: Diary) -> Pipeline:
     return with_diary(diary)
 
 
 @pytest.fixture
 def rt(project: Project, chosen: Pipeline) -> Runtime:
-    made = project.runtime(chosen)
-    prepare(made)
-    runs.create_run(made, "r", chosen)
-    return made
+    return new_run(project, chosen)
 
 
 @pytest.mark.usefixtures("small_pages")

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 from pipeline_app import Pipeline, Stage
-from pipeline_app.application import prepare
-from pipeline_app.control import runs
 from pipeline_app.control.changes import cancelling
 from pipeline_app.control.duties import sweep
 from pipeline_app.control.results import results
@@ -34,6 +32,7 @@ from tests.integration.helpers import (
     in_broker,
     in_threads,
     lines,
+    new_run,
     pipeline,
     prove,
     pump,
@@ -48,10 +47,7 @@ def chosen() -> Pipeline:
 
 @pytest.fixture
 def rt(project: Project, chosen: Pipeline) -> Runtime:
-    made = project.runtime(chosen)
-    prepare(made)
-    runs.create_run(made, "r", chosen)
-    return made
+    return new_run(project, chosen)
 
 
 def hinted(rt: Runtime, chosen: Pipeline) -> int:

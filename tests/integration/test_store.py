@@ -196,11 +196,10 @@ with store.session() as session:
 """
 
 
-def test_documents_that_a_killed_process_had_locked_are_freed(project: Project, rt: Runtime) -> None:
-    """Given a process that was killed in its transaction, when that is ended, then its documents can be written."""
-    rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
+def die_in_a_transaction(url: str) -> None:
+    """A process called `victim` is killed in a transaction that has changed the job `r/1`."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS_A_DOCUMENT, project.mongodb_url],
+        [sys.executable, "-c", HOLDS_A_DOCUMENT, url],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -209,6 +208,12 @@ def test_documents_that_a_killed_process_had_locked_are_freed(project: Project, 
         assert victim.stdout is not None
         assert victim.stdout.readline() == "locked\n"
         os.kill(victim.pid, signal.SIGKILL)
+
+
+def test_documents_that_a_killed_process_had_locked_are_freed(project: Project, rt: Runtime) -> None:
+    """Given a process that was killed in its transaction, when that is ended, then its documents can be written."""
+    rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
+    die_in_a_transaction(project.mongodb_url)
     begin = time.monotonic()
 
     assert rt.store.end_transactions("somebody else") == 0

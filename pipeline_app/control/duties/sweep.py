@@ -101,13 +101,12 @@ def publish_unpublished(rt: Runtime) -> None:
             publish_and_note(rt, groups[queue])
         except BrokerError as exc:
             logger.warning("not published: queue=%s messages=%d: %s", queue, len(groups[queue]), exc)
-            if isinstance(exc, QueueRefusedError):
-                continue
-            if failed is not None:
-                raise
-            failed = exc
-            continue
-        logger.warning("published what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
+            if not isinstance(exc, QueueRefusedError):
+                if failed is not None:
+                    raise
+                failed = exc
+        else:
+            logger.warning("published what was left unpublished: queue=%s messages=%d", queue, len(groups[queue]))
     if failed is not None:
         raise failed
 

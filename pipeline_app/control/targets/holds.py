@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from pipeline_app.control.targets.naming import find_meant
 from pipeline_app.domain.rate_limit import LONGEST_S
 from pipeline_app.domain.selection import Selection
-from pipeline_app.domain.selector import check_selector, written
+from pipeline_app.domain.selector import check_selector
 from pipeline_app.domain.states import AT_REST, JobState
 from pipeline_app.domain.target import Target
-from pipeline_app.errors import NotFoundError, StoreError, UsageError
+from pipeline_app.errors import StoreError, UsageError
 from pipeline_app.flow.announce import announce
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import holds, jobs, manifests
@@ -82,19 +83,11 @@ def in_force(
     rt: Runtime, *, hold: str | None = None, selector: Mapping[str, str] | None = None, run: str | None = None
 ) -> list[Document]:
     """Holds that are in force and meant by that. Raises NotFoundError if there is none."""
-    if hold is None and selector is None:
-        raise UsageError("which hold?", hint="give its id, or the selector that it was set with")
-    run = None if run is None else manifests.get(rt.store, run)["_id"]
-    wanted = None if selector is None else Target(run=run, selector=check_selector(selector)).digest(holds.HOLD)
-    rows = [
-        row
-        for row in holds.listing(rt.store, kind="hold", run=None, ended=False)
-        if (hold is None or row["_id"] == hold) and (wanted is None or row["_id"] == wanted)
-    ]
-    if not rows:
-        which = hold or f"on {written(selector or {})}" + (f" for run {run}" if run else "")
-        raise NotFoundError(f"there is no hold {which} in force", hint="pipeline-app hold list shows them")
-    return rows
+
+    def rows() -> list[Document]:
+        return holds.listing(rt.store, kind="hold", run=None, ended=False)
+
+    return find_meant(rt, "hold", holds.HOLD, rows, id=hold, selector=selector, run=run, where=" in force")
 
 
 def listing(rt: Runtime, run: str | None = None, *, ended: bool = False) -> list[dict[str, Any]]:

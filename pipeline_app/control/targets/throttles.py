@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline_app.control.targets.naming import find_meant
 from pipeline_app.domain.rates import Budget, Rate
-from pipeline_app.domain.selector import check_selector, written
+from pipeline_app.domain.selector import check_selector
 from pipeline_app.domain.target import Target
-from pipeline_app.errors import NotFoundError, UsageError
+from pipeline_app.errors import UsageError
 from pipeline_app.flow.announce import announce
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, manifests, throttles
@@ -101,19 +102,11 @@ def meant(
     rt: Runtime, *, throttle: str | None = None, selector: Mapping[str, str] | None = None, run: str | None = None
 ) -> list[Document]:
     """Throttles that are meant by that. Raises NotFoundError if there is none."""
-    if throttle is None and selector is None:
-        raise UsageError("which throttle?", hint="give its id, or the selector that it was set with")
-    run = None if run is None else manifests.get(rt.store, run)["_id"]
-    wanted = None if selector is None else Target(run=run, selector=check_selector(selector)).digest(throttles.PREFIX)
-    rows = [
-        row
-        for row in throttles.all_of(rt.store)
-        if (throttle is None or row["_id"] == throttle) and (wanted is None or row["_id"] == wanted)
-    ]
-    if not rows:
-        which = throttle or f"on {written(selector or {})}" + (f" for run {run}" if run else "")
-        raise NotFoundError(f"there is no throttle {which}", hint="pipeline-app throttle list shows them")
-    return rows
+
+    def rows() -> list[Document]:
+        return throttles.all_of(rt.store)
+
+    return find_meant(rt, "throttle", throttles.PREFIX, rows, id=throttle, selector=selector, run=run)
 
 
 def listing(rt: Runtime, run: str | None = None) -> list[dict[str, Any]]:
