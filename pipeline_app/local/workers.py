@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class NewWorker:
     #: Items of its selectors.
     select: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    #: Options of recycling with their values: `--max-jobs` -> `1000`.
+    limits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class WorkerProcess:
     #: Items of its selectors.
     select: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    #: Options of recycling with their values: `--max-jobs` -> `1000`.
+    limits: Mapping[str, str] = field(default_factory=dict)
     process: ProcessRecord
 
     @property
@@ -151,6 +155,7 @@ def _start_one(state_dir: Path, new: NewWorker, name: str, env: Mapping[str, str
     for option, items in (("--select", new.select), ("--skip", new.skip)):
         for item in items:
             command.append(f"{option}={item}")
+    command += [f"{option}={value}" for option, value in new.limits.items()]
     process = f"worker-{name}"
     told = {settings.WORKER_LOG: str(processes.log_file(state_dir, process))}
     record = processes.start(

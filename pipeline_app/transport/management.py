@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
-from pipeline_app.errors import BrokerError
+from pipeline_app.errors import BrokerError, UsageError
 from pipeline_app.settings import redact
+from pipeline_app.transport import tls
 from pipeline_app.transport.connecting import addresses
 
 ANSWER_TIMEOUT_S = 5.0
@@ -21,10 +22,20 @@ QUEUE_FIELDS = ("name", "type", "arguments", "policy", "operator_policy", "effec
 
 
 class Management:
-    """The management API of the broker at `amqp_url`, at `url` if it is given, else where it usually is."""
+    """The management API of the broker at `amqp_url`, at `url` if it is given, else where it usually is.
+
+    Over TLS the options of the `amqps://` address with the same host are its options, too: the authorities to believe,
+    our own certificate, the broker's name. Elsewhere those of the first such address, but for the name.
+    """
 
     def __init__(self, amqp_url: str, url: str | None = None) -> None:
         own = [urlsplit(address) for address in addresses(amqp_url)]
+        #: Host -> options of its address.
+        self._tls = {
+            address.hostname or "localhost": tls.options_in(address.geturl())
+            for address in own
+            if address.scheme == "amqps"
+        }
         self._user = _user(own[0]) if own else ("guest", "guest")
         self._vhost = unquote(own[0].path[1:]) or "/" if own else "/"
         self._places = [urlsplit(url)] if url else [_usual(address) for address in own]
@@ -46,7 +57,7 @@ class Management:
         for place in self._places:
             try:
                 return self._get_at(place, path)
-            except (OSError, http.client.HTTPException, ValueError) as exc:
+            except (OSError, http.client.HTTPException, ValueError, UsageError) as exc:
                 problem = exc
         raise BrokerError(
             f"RabbitMQ's management API at {self.address} does not answer: {problem or 'no address'}",
@@ -54,10 +65,14 @@ class Management:
         )
 
     def _get_at(self, place: SplitResult, path: str) -> Sequence[Any]:
-        kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
-        connection = kind(place.hostname or "localhost", place.port, timeout=ANSWER_TIMEOUT_S)
+        host, secure = place.hostname or "localhost", place.scheme == "https"
+        port = place.port or (http.client.HTTPS_PORT if secure else http.client.HTTP_PORT)
+        connection = http.client.HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_S)
         secret = base64.b64encode(":".join(self._user).encode()).decode()
         try:
+            if secure:
+                connection.connect()
+                connection.sock = tls.wrap(connection.sock, self._options(host), host)
             connection.request("GET", place.path.rstrip("/") + path, headers={"Authorization": f"Basic {secret}"})
             answer = connection.getresponse()
             if answer.status != http.client.OK:
@@ -66,6 +81,12 @@ class Management:
             return found
         finally:
             connection.close()
+
+    def _options(self, host: str) -> Mapping[str, str]:
+        if host in self._tls:
+            return self._tls[host]
+        first = next(iter(self._tls.values()), {})
+        return {name: value for name, value in first.items() if name != tls.NAME}
 
 
 def _user(address: SplitResult) -> tuple[str, str]:

@@ -2,21 +2,25 @@
 
 kombu by itself checks that some authority signed the broker's certificate, but not whose certificate it is, and it does
 not understand the options in the address of a RabbitMQ. Here the certificate is always checked, for the name of each
-address that is tried. Registered with kombu by the package; kombu calls it for every new connection.
+address that is tried. Registered with kombu by the package; kombu calls it for every new connection. The management API
+is spoken to by the same rules.
 """
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport.pyamqp import SSLTransport
 
 from pipeline_app.errors import UsageError
 
-__all__ = ["TlsTransport", "register"]
+__all__ = ["TlsTransport", "options_in", "register", "wrap"]
 
 #: Options in the query of an address, as kombu spells them there -> py-amqp's name.
 FILES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile"}
@@ -55,6 +59,27 @@ def options(given: Mapping[str, Any], host: str) -> dict[str, str]:
                 hint=f"known are {', '.join([*FILES, NAME])}; a certificate is always checked",
             )
     return found
+
+
+def options_in(address: str) -> dict[str, str]:
+    """The options in the query of an `amqps://` address, as kombu reads them."""
+    return {name: value for name, value in parse_qsl(urlsplit(address).query) if name.startswith("ssl_")}
+
+
+def wrap(sock: socket.socket, given: Mapping[str, Any], host: str) -> ssl.SSLSocket:
+    """TLS over a connection to this host by these options, as py-amqp does it for AMQP.
+
+    Raises UsageError for options that are not ours to understand, OSError.
+    """
+    found = options(given, host)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if "certfile" in found:
+        context.load_cert_chain(found["certfile"], found.get("keyfile"))
+    if "ca_certs" in found:
+        context.load_verify_locations(found["ca_certs"])
+    else:
+        context.load_default_certs()
+    return context.wrap_socket(sock, server_hostname=found["server_hostname"])
 
 
 def register() -> None:

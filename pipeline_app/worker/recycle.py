@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -24,7 +23,7 @@ from celery import Celery, bootsteps
 from celery.bin.base import CeleryOption
 from celery.worker import state as worker_state
 
-from pipeline_app.domain.durations import seconds
+from pipeline_app.domain.recycling import LIMITS, LOOK_S, Limit
 from pipeline_app.errors import StoreError, UsageError
 from pipeline_app.flow import alone_process
 from pipeline_app.flow.board import Board
@@ -38,12 +37,8 @@ from pipeline_app.worker.stopping import How
 
 logger = logging.getLogger(__name__)
 
-#: How often the limits are looked at.
-LOOK_S = 1.0
 #: A worker recycles up to this share of `--max-age` earlier: those that were started together do not all go at once.
 EARLIER = 0.1
-
-_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Recycling:
@@ -210,40 +205,13 @@ class Recycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no
 def add_recycling_options(app: Celery) -> None:
     """Let `celery worker` of this app take `--max-jobs`, `--max-age` and `--max-memory`."""
 
-    def option(name: str, metavar: str, text: str, read: Callable[[str], Any]) -> Any:
+    def option(limit: Limit) -> Any:
         def callback(ctx: Any, param: Any, value: str | None) -> Any:
             try:
-                return None if value is None else read(value)
+                return None if value is None else limit.read(value)
             except (UsageError, ValueError) as exc:
                 param.type.fail(str(exc), param, ctx)
 
-        return CeleryOption([name], metavar=metavar, help=text, help_group=GROUP, callback=callback)
+        return CeleryOption([limit.option], metavar=limit.metavar, help=limit.help, help_group=GROUP, callback=callback)
 
-    app.user_options["worker"].update(
-        [
-            option("--max-jobs", "NUMBER", "Begin anew after so many jobs, in all processes of the worker.", _count),
-            option("--max-age", "DURATION", "Begin anew after so long, such as 1h; up to a tenth earlier.", _age),
-            option("--max-memory", "SIZE", "Begin anew beyond this, such as 512MB, with all its processes.", size),
-        ]
-    )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"not a number of jobs: {text!r}")
-    return int(text)
-
-
-def _age(text: str) -> float:
-    found = seconds(text)
-    if found < LOOK_S:
-        raise UsageError(f"an age is at least {LOOK_S:g} s, not {text!r}")
-    return found
-
-
-def size(text: str) -> int:
-    """Bytes in `512MB`, `1.5GiB` or a number of bytes. Raises UsageError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
-    if found is None or float(found[1]) == 0:
-        raise UsageError(f"not a size: {text!r}; write 512MB, 2GB or 1.5GiB")
-    return int(float(found[1]) * _SIZES[found[2]])
+    app.user_options["worker"].update(map(option, LIMITS))

@@ -8,9 +8,10 @@ import warnings
 import pytest
 from billiard import process
 
+from pipeline_app.domain.recycling import size
 from pipeline_app.errors import UsageError
 from pipeline_app.flow.board import Board
-from pipeline_app.worker.recycle import command_again, size
+from pipeline_app.worker.recycle import command_again
 
 
 @pytest.mark.parametrize(

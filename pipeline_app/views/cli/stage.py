@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ Examples:
   pipeline-app stage start --run last --stage load --workers 2
   pipeline-app stage start --run books-1 --stage ask --workers 4 --pool threads --concurrency 20
   pipeline-app stage start --run books-1 --stage ask --select provider=openai
+  pipeline-app stage start --run books-1 --stage ask --max-jobs 100000 --max-memory 2GB
   pipeline-app stage start --run books-1 --stage ask --skip provider=openai --dry-run""",
 )
 @run_option
@@ -147,9 +148,9 @@ def replace(
 ) -> int | None:
     """Start new workers for a stage, and when they are ready stop those that ran: new code, and no pause.
 
-    Only workers of this machine. The new ones have the pool, slots and selectors of the old ones. With selectors, only
-    those that were started with exactly these. If a new one does not become ready, all new ones are stopped, and the
-    old ones go on.
+    Only workers of this machine. The new ones have the pool, slots and selectors of the old ones, and their --max-jobs,
+    --max-age and --max-memory, if they were started by "stage", too. With selectors, only those that were started with
+    exactly these. If a new one does not become ready, all new ones are stopped, and the old ones go on.
     """
     with connection(write=not dry_run, pipelines=True) as rt:
         done = _begin(rt, run, stage, dry_run=dry_run)
@@ -158,7 +159,8 @@ def replace(
         if not rows:
             text = f"{_nobody(done.stage, selectors)} on this machine"
             raise NotFoundError(text, hint="pipeline-app stage start starts some")
-        wanted = [_like(row, done.stage, slots) for row in islice(cycle(rows), number or len(rows))]
+        limits = _limits()
+        wanted = [_like(row, done.stage, slots, limits) for row in islice(cycle(rows), number or len(rows))]
         _start(rt, done, wanted, _tell(as_json), or_none=True)
         _stop(rt, done, rows, manner, _tell(as_json))
         return detached.echo(rt, done, as_json=as_json)
@@ -235,7 +237,14 @@ def _start_new(rt: Runtime, done: Done, number: int, selectors: Selectors, slots
     _start(rt, done, [NewWorker(stage=done.stage, select=select, skip=skip, **vars(slots))] * number, tell)
 
 
-def _like(row: Row, stage: str, slots: Slots) -> NewWorker:
+def _limits() -> dict[int, Mapping[str, str]]:
+    """Process -> options of recycling that it was started with, of this project's detached workers."""
+    from pipeline_app.local import workers
+
+    return {worker.pid: worker.limits for worker in workers.running()}
+
+
+def _like(row: Row, stage: str, slots: Slots, limits: Mapping[int, Mapping[str, str]]) -> NewWorker:
     """A new worker in the place of that one."""
     from pipeline_app.local.workers import NewWorker
 
@@ -245,6 +254,7 @@ def _like(row: Row, stage: str, slots: Slots) -> NewWorker:
         concurrency=slots.concurrency or row["concurrency"],
         select=tuple(row["select"]),
         skip=tuple(row["skip"]),
+        limits={**limits.get(row["pid"], {}), **slots.limits},
     )
 
 

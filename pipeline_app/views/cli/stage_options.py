@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import click
 
+from pipeline_app.domain.recycling import LIMITS, Limit
 from pipeline_app.domain.selector import Selectors
+from pipeline_app.errors import UsageError
 
 POOLS = ("prefork", "threads", "gevent", "solo")
 
@@ -23,6 +25,8 @@ class Slots:
 
     pool: str | None
     concurrency: int | None
+    #: Option -> value as it was written, of those at which they begin anew.
+    limits: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +43,44 @@ def workers_option(text: str, *, least: int = 1, **options: Any) -> Callable[[An
 
 
 def slots_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `--pool` and `--concurrency`, which the command gets as `slots`."""
+    """Adds `--pool`, `--concurrency` and those of recycling, which the command gets as `slots`."""
 
     @click.option("--pool", type=click.Choice(POOLS), help="Default: what celeryconfig.py says, or prefork.")
     @click.option("--concurrency", type=click.IntRange(min=1), metavar="SLOTS", help="Handlers at once in each worker.")
+    @_limits_options
     @wraps(command)
-    def called(*, pool: str | None, concurrency: int | None, **others: Any) -> Any:
-        return command(slots=Slots(pool=pool, concurrency=concurrency), **others)
+    def called(*, pool: str | None, concurrency: int | None, limits: Mapping[str, str], **others: Any) -> Any:
+        return command(slots=Slots(pool=pool, concurrency=concurrency, limits=limits), **others)
 
     return called
+
+
+def _limits_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of recycling, which the command gets as `limits`."""
+
+    @wraps(command)
+    def called(**given: Any) -> Any:
+        limits = {limit.option: value for limit in LIMITS if (value := given.pop(limit.name)) is not None}
+        return command(limits=limits, **given)
+
+    found: Callable[..., Any] = called
+    for limit in reversed(LIMITS):
+        found = click.option(limit.option, metavar=limit.metavar, help=limit.help, callback=_read_by(limit))(found)
+    return found
+
+
+def _read_by(limit: Limit) -> Callable[[Any, Any, str | None], str | None]:
+    """A callback that refuses what a worker could not read, before any is started."""
+
+    def callback(ctx: Any, param: Any, value: str | None) -> str | None:  # noqa: ARG001 - the signature is click's
+        try:
+            if value is not None:
+                limit.read(value)
+        except (UsageError, ValueError) as exc:
+            raise click.BadParameter(str(exc)) from exc
+        return value
+
+    return callback
 
 
 def selectors_options(command: Callable[..., Any]) -> Callable[..., Any]:
