@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import docker
 import pytest
-from celery import Celery
 from docker.errors import DockerException
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
@@ -25,12 +24,16 @@ from pytest_celery import (
     CeleryWorkerContainer,
     RabbitMQContainer,
 )
-from pytest_docker_tools import build, container, fetch, fxtr
+from pytest_docker_tools import build, container, fetch
+from pytest_docker_tools.wrappers.container import wait_for_callable
 
-from tests.project import REPOSITORY, Project
+from tests.nodes import NodeProject, StartWorker
+from tests.project import REPOSITORY
 
 #: Where the worker's container has the project.
 PROJECT = "/project"
+#: A worker consumes, or has stopped, within this.
+START_S = STOP_S = 120
 #: MongoDB's code of this error.
 ALREADY_INITIALIZED = 23
 
@@ -100,15 +103,20 @@ class Worker(CeleryWorkerContainer):  # type: ignore[misc]  # pytest-celery's ty
     """A worker of the project in /project."""
 
     @classmethod
-    def command(cls, *args: str, **kwargs: Any) -> list[str]:
-        """What the container runs."""
-        name = f"{cls.worker_name()}@%h"
-        return ["celery", "-A", "pipeline_app", "worker", "-n", name, "-c", "2", "-l", cls.log_level(), *args]
-
-    @classmethod
     def worker_name(cls) -> str:
         """Before the @ of its name."""
         return "node"
+
+
+class ContainerWorker(CeleryTestWorker):  # type: ignore[misc]  # pytest-celery's types do not reach us
+    """A worker node whose container is removed when the test is done with it."""
+
+    def teardown(self) -> None:
+        """Tell it to stop, as `docker stop` does, and remove it."""
+        if self.container.status == "running":
+            self.kill("SIGTERM")
+            wait_for_callable("Waiting for the worker to stop", lambda: self.container.status != "running", STOP_S)
+        self.container.remove(force=True)
 
 
 mongo_image = fetch(repository="mongo:7")
@@ -121,40 +129,12 @@ store_container = container(
     timeout=120,
 )
 worker_image = build(path=str(REPOSITORY), tag="pipeline-app:tests")
-worker_container = container(
-    image="{worker_image.id}",
-    command=Worker.command(),
-    environment=fxtr("worker_environment"),
-    volumes=fxtr("worker_volumes"),
-    working_dir=PROJECT,
-    # What handlers write into the project's folder belongs to whoever runs the tests.
-    user=f"{os.getuid()}:{os.getgid()}",
-    network="{default_pytest_celery_network.name}",
-    wrapper_class=Worker,
-    timeout=120,
-)
 
 
 @pytest.fixture
 def default_rabbitmq_broker_cls() -> type[RabbitMQContainer]:
     """pytest-celery's own broker, in our version."""
     return Broker
-
-
-@pytest.fixture
-def worker_environment(celery_worker_cluster_config: dict[str, Any]) -> dict[str, str]:
-    """Addresses as they are inside."""
-    return {
-        "AMQP_URL": celery_worker_cluster_config["celery_broker_cluster_config"]["urls"][0],
-        "MONGODB_URL": celery_worker_cluster_config["celery_backend_cluster_config"]["urls"][0],
-        "HOME": "/tmp",
-    }
-
-
-@pytest.fixture
-def worker_volumes(node_project: Project) -> dict[str, dict[str, str]]:
-    """The project's folder, with what is in it."""
-    return {str(node_project.folder): {"bind": PROJECT, "mode": "rw"}}
 
 
 @pytest.fixture
@@ -172,8 +152,38 @@ def celery_backend(store_container: Store) -> Iterator[CeleryTestBackend]:
 
 
 @pytest.fixture
-def celery_worker(worker_container: Worker, celery_setup_app: Celery) -> Iterator[CeleryTestWorker]:
-    """A worker of the project."""
-    node = CeleryTestWorker(worker_container, celery_setup_app)
-    yield node
-    node.teardown()
+def start_worker(
+    docker_client: Any,
+    worker_image: Any,
+    default_pytest_celery_network: Any,
+    celery_worker_cluster_config: dict[str, Any],
+) -> StartWorker:
+    """Workers are containers, which reach the services by other addresses than we do."""
+    broker, backend = (
+        celery_worker_cluster_config[f"celery_{kind}_cluster_config"]["urls"][0] for kind in ("broker", "backend")
+    )
+
+    def start(project: NodeProject, arguments: tuple[str, ...], pool: str, concurrency: int) -> CeleryTestWorker:
+        raw = docker_client.containers.run(
+            image=worker_image.id,
+            command=[
+                *("celery", "-A", "pipeline_app", "worker", "-P", pool, "-c", str(concurrency)),
+                *("-n", f"{Worker.worker_name()}@%h", "-l", Worker.log_level(), *arguments),
+            ],
+            environment={"AMQP_URL": broker, "MONGODB_URL": backend, "HOME": "/tmp"},
+            volumes={str(project.folder): {"bind": PROJECT, "mode": "rw"}},
+            working_dir=PROJECT,
+            # What handlers write into the project's folder belongs to whoever runs the tests.
+            user=f"{os.getuid()}:{os.getgid()}",
+            network=default_pytest_celery_network.name,
+            detach=True,
+        )
+        node = ContainerWorker(Worker(raw), project.app)
+        try:
+            wait_for_callable("Waiting for the worker to consume", node.ready, START_S)
+        except BaseException:
+            node.teardown()
+            raise
+        return node
+
+    return start

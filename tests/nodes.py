@@ -1,4 +1,4 @@
-"""Nodes for pytest-celery that are processes of this machine: a virtual host, a database, a worker.
+"""Nodes for pytest-celery that are processes of this machine: a virtual host, a database, workers.
 
 pytest-celery asks little of the "container" that it wraps a node around: name, logs, ready, kill, restart. Used by the
 acceptance tests where no Docker answers; where one does, `tests/containers.py` gives them containers.
@@ -6,24 +6,22 @@ acceptance tests where no Docker answers; where one does, `tests/containers.py` 
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import celery
 import psutil
+from celery import Celery
 from pytest_celery import CeleryTestSetup, CeleryTestWorker
 
 from tests.project import Project
 from tests.services import TestServices
+from tests.worker import Worker
 
-#: A worker has started or stopped within this, also on a machine that has much to do.
-PATIENCE_S = 60.0
+#: Starts a worker of a project: arguments of the command line, pool, concurrency.
+StartWorker = Callable[["NodeProject", tuple[str, ...], str, int], CeleryTestWorker]
 
 
 class Local:
@@ -31,9 +29,15 @@ class Local:
 
     status = "running"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, url: str) -> None:
         self.name = name
         self.id = uuid.uuid4().hex
+        self.url = url
+
+    @property
+    def celeryconfig(self) -> dict[str, Any]:
+        """Its address for workers, and for us."""
+        return {"url": self.url, "host_url": self.url}
 
     def ready(self) -> bool:
         """Whether it serves."""
@@ -47,21 +51,15 @@ class Local:
         """A container's attributes are read anew; here they always are."""
 
     def teardown(self) -> None:
-        """Remove it."""
+        """It stays for the next test, or is removed by whoever used it."""
 
 
 class VirtualHost(Local):
-    """A fresh virtual host of the tests' RabbitMQ: nobody has used this broker before."""
+    """The virtual host that only this process of tests uses."""
 
     def __init__(self, services: TestServices) -> None:
-        super().__init__("rabbitmq")
+        super().__init__("rabbitmq", services.amqp_url)
         self._services = services
-        self.url = services.new_vhost()
-
-    @property
-    def celeryconfig(self) -> dict[str, Any]:
-        """For the setup's app and for workers."""
-        return {"url": self.url, "host_url": self.url}
 
     def restart(self, timeout: float | None = None) -> None:
         """End every client's connection, as a broker's restart does."""
@@ -71,110 +69,12 @@ class VirtualHost(Local):
             if of == vhost:
                 self._services.rabbitmqctl("close_connection", pid, "restart")
 
-    def teardown(self) -> None:
-        """Remove it with all that is in it."""
-        self._services.rabbitmqctl("delete_vhost", self.url.rpartition("/")[2])
-
 
 class Database(Local):
-    """A fresh database of the tests' MongoDB; whoever uses it removes it."""
+    """A fresh database of the tests' MongoDB."""
 
     def __init__(self, services: TestServices) -> None:
-        super().__init__("mongodb")
-        self.url = services.database_url()
-
-    @property
-    def celeryconfig(self) -> dict[str, Any]:
-        """It is the store; results are not kept in it."""
-        return {"url": self.url, "host_url": self.url}
-
-
-class WorkerProcess(Local):
-    """`celery -A pipeline_app worker` in a project's folder."""
-
-    def __init__(self, project: Project, pool: str = "prefork", concurrency: int = 2) -> None:
-        super().__init__("worker")
-        self._project = project
-        self._log = project.folder / "node.log"
-        self._command = [
-            *(
-                sys.executable,
-                "-m",
-                "celery",
-                "-A",
-                "pipeline_app",
-                "worker",
-                "-n",
-                f"{self.worker_name()}@{self.id[:12]}",
-            ),
-            *("-P", pool, "-c", str(concurrency), "-l", self.log_level(), "--without-mingle"),
-        ]
-        self.process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        before = len(self.logs())
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                self._command, cwd=self._project.folder, env=self._project.env, stdout=log, stderr=subprocess.STDOUT
-            )
-        deadline = time.monotonic() + PATIENCE_S
-        while " ready." not in self.logs()[before:]:
-            assert process.poll() is None, self.logs()[-4000:]
-            assert time.monotonic() < deadline, self.logs()[-4000:]
-            time.sleep(0.05)
-        return process
-
-    @property
-    def status(self) -> str:  # type: ignore[override]  # as Docker names them
-        """`running` or `exited`."""
-        return "running" if self.process.poll() is None else "exited"
-
-    def ready(self) -> bool:
-        """Whether it consumes."""
-        return self.status == "running"
-
-    def logs(self) -> str:
-        """Its whole log, of all its lives."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
-    def kill(self, signal: str | int = "SIGKILL") -> None:
-        """Send it a signal and wait for its end."""
-        self.process.send_signal(_number(signal))
-        self.process.wait(PATIENCE_S)
-
-    def restart(self, timeout: float | None = None) -> None:
-        """End it if it runs, and start it again."""
-        if self.ready():
-            self.kill("SIGTERM")
-        self.process = self._start()
-
-    def teardown(self) -> None:
-        """End it."""
-        if self.ready():
-            try:
-                self.kill("SIGTERM")
-            except subprocess.TimeoutExpired:
-                self.kill()
-
-    @staticmethod
-    def version() -> str:
-        """Of Celery."""
-        return str(celery.__version__)
-
-    @staticmethod
-    def log_level() -> str:
-        """As on the command line."""
-        return "INFO"
-
-    @staticmethod
-    def worker_name() -> str:
-        """Before the @ of its name."""
-        return "node"
-
-    @staticmethod
-    def worker_queue() -> str:
-        """For tasks that are not stages."""
-        return "celery"
+        super().__init__("mongodb", services.database_url())
 
 
 class ProcessWorker(CeleryTestWorker):  # type: ignore[misc]  # pytest-celery's types do not reach us
@@ -198,12 +98,38 @@ class Setup(CeleryTestSetup):  # type: ignore[misc]  # pytest-celery's types do 
         return {"broker_url": celery_worker_cluster_config["celery_broker_cluster_config"]["host_urls"][0]}
 
 
-def project_of(folder: Path, *, broker: str, store: str) -> Project:
-    """A project whose services are those nodes, as they are reached from here."""
-    made = Project(folder, TestServices(amqp_url=broker, mongodb_url=store, folder=folder))
-    made.mongodb_url = store
-    return made
+class NodeProject(Project):
+    """A project whose broker, store and workers are pytest-celery's nodes.
+
+    `node()` is a worker wherever nodes are. `worker()` is a process of this machine, for tests of its pid, its exit
+    code and what signals do to it.
+    """
+
+    def __init__(
+        self, folder: Path, services: TestServices, *, broker: str, store: str, app: Celery, start_worker: StartWorker
+    ) -> None:
+        super().__init__(folder, services)
+        self.amqp_url = broker
+        self.mongodb_url = store
+        self.app = app
+        self._start_worker = start_worker
+
+    @contextmanager
+    def node(self, *arguments: str, pool: str = "threads", concurrency: int = 2) -> Iterator[CeleryTestWorker]:
+        """A worker node from when it consumes until it was told to stop."""
+        node = self._start_worker(self, arguments, pool, concurrency)
+        try:
+            yield node
+        finally:
+            node.teardown()
 
 
-def _number(name: str | int) -> int:
-    return signal.Signals[name].value if isinstance(name, str) else name
+def start_process(project: NodeProject, arguments: tuple[str, ...], pool: str, concurrency: int) -> CeleryTestWorker:
+    """A worker node that is a process."""
+    worker = Worker(project, arguments, pool, concurrency)
+    try:
+        worker.wait_ready()
+    except BaseException:
+        worker.stop()
+        raise
+    return ProcessWorker(worker, project.app)

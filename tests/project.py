@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pipeline_app.application import make_celery
 from pipeline_app.runtime import Runtime, build
 from pipeline_app.settings import Settings
 from tests.services import TestServices
+from tests.worker import Worker
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -167,64 +167,6 @@ class Project:
             rt.close()
         with MongoClient[dict[str, Any]](self.mongodb_url) as client:
             client.drop_database(client.get_default_database().name)
-
-
-class Worker:
-    """A `celery -A pipeline_app worker` process."""
-
-    def __init__(
-        self,
-        project: Project,
-        arguments: tuple[str, ...],
-        pool: str,
-        concurrency: int,
-        env: Mapping[str, str] | None = None,
-    ) -> None:
-        self.log = project.folder / f"worker-{time.monotonic_ns()}.log"
-        self._out = self.log.open("wb")
-        self.process = subprocess.Popen(
-            ["celery", "-A", "pipeline_app", "worker", "-P", pool, "-c", str(concurrency),
-             "-n", f"{self.log.stem}@%h", "--without-mingle", "--without-gossip", "-l", "INFO", *arguments],
-            cwd=project.folder,
-            env={**project.env, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=self._out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-    @property
-    def text(self) -> str:
-        """Its log so far."""
-        return self.log.read_text(errors="replace")
-
-    def wait_ready(self, timeout: float = 30) -> None:
-        """Wait until it consumes."""
-        self.wait_for(lambda: " ready." in self.text, timeout)
-
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 30) -> None:
-        """Wait for something that the worker should do while it lives."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, f"the worker ended:\n{self.text[-4000:]}"
-            assert time.monotonic() < deadline, f"not within {timeout} s:\n{self.text[-4000:]}"
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        """End the whole worker at once, as a machine that loses power would."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
-
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
-        """Tell it to stop and wait until it has; kill it if it does not."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-            try:
-                self.process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._out.close()
-        return self.process.returncode
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 30) -> Any:

@@ -1,6 +1,7 @@
 """pytest-celery's fixtures with our nodes: containers where a Docker daemon answers, processes elsewhere.
 
-`PIPELINE_TEST_NODES=process` (or `docker`) chooses by hand. A test asks for `celery_setup` and `node_project`.
+`PIPELINE_TEST_NODES=process` (or `docker`) chooses by hand. Every test's `project` is on these nodes; one that has
+them all, and a worker from its beginning, asks for `celery_setup`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from celery import Celery
 from pytest_celery import CeleryTestBackend, CeleryTestBroker, CeleryTestWorker
 
 from tests import containers
-from tests.nodes import Database, ProcessWorker, Setup, VirtualHost, WorkerProcess, project_of
-from tests.project import Project
+from tests.nodes import Database, NodeProject, Setup, StartWorker, VirtualHost, start_process
 from tests.services import TestServices
 
 MODE = os.environ.get("PIPELINE_TEST_NODES") or ("docker" if containers.docker_answers() else "process")
@@ -32,49 +32,52 @@ def celery_setup_cls() -> type[Setup]:
 
 
 @pytest.fixture
-def node_project(
-    tmp_path: Path, celery_broker: CeleryTestBroker, celery_backend: CeleryTestBackend
-) -> Iterator[Project]:
-    """A project whose broker and store are the nodes."""
+def project(
+    tmp_path: Path,
+    services: TestServices,
+    celery_broker: CeleryTestBroker,
+    celery_backend: CeleryTestBackend,
+    celery_setup_app: Celery,
+    start_worker: StartWorker,
+) -> Iterator[NodeProject]:
+    """A project of a user's own, whose broker, store and workers are nodes."""
     broker, store = (node.config()["host_url"] for node in (celery_broker, celery_backend))
-    made = project_of(tmp_path, broker=broker, store=store)
+    made = NodeProject(tmp_path, services, broker=broker, store=store, app=celery_setup_app, start_worker=start_worker)
     yield made
     made.close()
+
+
+@pytest.fixture
+def celery_worker(project: NodeProject) -> Iterator[CeleryTestWorker]:
+    """A worker of the project."""
+    with project.node(pool="prefork") as node:
+        yield node
 
 
 if MODE == "docker":
     from tests.containers import (  # noqa: F401 - fixtures
         celery_backend,
         celery_broker,
-        celery_worker,
         default_rabbitmq_broker_cls,
         mongo_image,
+        start_worker,
         store_container,
-        worker_container,
-        worker_environment,
         worker_image,
-        worker_volumes,
     )
 
 else:
 
     @pytest.fixture
-    def celery_broker(services: TestServices) -> Iterator[CeleryTestBroker]:
+    def celery_broker(services: TestServices) -> CeleryTestBroker:
         """A virtual host."""
-        node = CeleryTestBroker(VirtualHost(services))
-        yield node
-        node.teardown()
+        return CeleryTestBroker(VirtualHost(services))
 
     @pytest.fixture
-    def celery_backend(services: TestServices) -> Iterator[CeleryTestBackend]:
+    def celery_backend(services: TestServices) -> CeleryTestBackend:
         """A database."""
-        node = CeleryTestBackend(Database(services))
-        yield node
-        node.teardown()
+        return CeleryTestBackend(Database(services))
 
     @pytest.fixture
-    def celery_worker(node_project: Project, celery_setup_app: Celery) -> Iterator[CeleryTestWorker]:
-        """A worker of the project."""
-        node = ProcessWorker(WorkerProcess(node_project), celery_setup_app)
-        yield node
-        node.teardown()
+    def start_worker() -> StartWorker:
+        """Workers are processes."""
+        return start_process

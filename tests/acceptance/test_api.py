@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from tests.project import Project
+from tests.nodes import NodeProject
 
 PROGRAM = """
 import json
@@ -43,9 +43,9 @@ print(json.dumps({
 """
 
 
-def test_containing_and_repairing_from_python(project: Project) -> None:
+def test_containing_and_repairing_from_python(project: NodeProject) -> None:
     program = project.write("program.py", PROGRAM)
-    with project.worker():
+    with project.node():
         done = project.run(sys.executable, str(program), timeout=100)
 
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 #: A project whose own Celery task hears of results, and a script that uses it from Python.
 NOTIFY = '''
@@ -51,7 +52,7 @@ print(json.dumps({"added": added, "rows": rows, "state": status("p1").state, "ca
 """
 
 
-def test_celery_runs_the_same_commands(project: Project) -> None:
+def test_celery_runs_the_same_commands(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", [{"job_id": "a", "payload": {"n": 1}}])
 
@@ -72,7 +73,7 @@ def test_celery_runs_the_same_commands(project: Project) -> None:
     assert "Event-stream utilities" in project.run("celery", "events", "--help").stdout
 
 
-def test_another_celery_app_is_refused(project: Project) -> None:
+def test_another_celery_app_is_refused(project: NodeProject) -> None:
     # Given a Celery app that is none of ours, or none at all
     project.write("other.py", "from celery import Celery\n\napp = Celery('other')\n")
     for arguments in (("-A", "other"), ()):
@@ -84,12 +85,12 @@ def test_another_celery_app_is_refused(project: Project) -> None:
         assert json.loads(done.stderr)["error"]["hint"] == "call it as: celery -A pipeline_app workers ..."
 
 
-def test_a_run_from_python_with_tasks_of_one_s_own_behind_it(project: Project) -> None:
+def test_a_run_from_python_with_tasks_of_one_s_own_behind_it(project: NodeProject) -> None:
     # Given a project with Celery tasks of its own, which its worker serves
     project.write("celeryconfig.py", 'pipelines = ["stages:demo"]\nimports = ["notify"]\n')
     project.write("notify.py", NOTIFY)
     script = project.write("use.py", SCRIPT)
-    with project.worker():
+    with project.node():
         # When a script makes a run of the pipeline's chain with those tasks behind it
         done = project.run("python", script.name, env={"PYTHONWARNINGS": "error::ResourceWarning"})
         assert done.returncode == 0, done.stderr
@@ -110,7 +111,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_handlers_do_not_load_what_only_users_of_runs_need(project: Project) -> None:
+def test_handlers_do_not_load_what_only_users_of_runs_need(project: NodeProject) -> None:
     # When the package is imported, as every handler does
     script = "import sys, pipeline_app; print('celery' in sys.modules, 'pymongo' in sys.modules, dir(pipeline_app))"
     done = project.run("python", "-c", script)

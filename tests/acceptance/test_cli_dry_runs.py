@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tests.integration.helpers import everything
-from tests.project import Project
+from tests.nodes import NodeProject
 
 
-def test_dry_runs_change_nothing(project: Project) -> None:
+def test_dry_runs_change_nothing(project: NodeProject) -> None:
     # Given jobs, a dead letter, a replay that nobody carries out, a hold, a throttle and a pause
     project.seed("r1", [{"job_id": f"j{n}", "payload": {"n": n}, "tags": {"kind": "odd"}} for n in range(4)])
     rt = project.runtime()

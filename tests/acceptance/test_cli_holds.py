@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 HOLD = {
     "hold",
@@ -59,7 +60,7 @@ def jobs(number: int, **payload: Any) -> list[dict[str, Any]]:
     ]
 
 
-def states(project: Project, run: str = "r1") -> dict[str, int]:
+def states(project: NodeProject, run: str = "r1") -> dict[str, int]:
     """State -> jobs of a run, without states that no job is in."""
     found: dict[str, int] = project.json("run", "status", run)["states"]
     return {state: number for state, number in found.items() if number}
@@ -81,9 +82,9 @@ def at(text: str) -> datetime:
 # --- holds ---
 
 
-def test_a_hold_from_setting_it_to_the_last_job(project: Project) -> None:
+def test_a_hold_from_setting_it_to_the_last_job(project: NodeProject) -> None:
     # Given a worker, and a target that is closed before its jobs come
-    with project.worker():
+    with project.node():
         held = project.json("hold", "set", "--selector", "kind=odd", "--reason", "429 since 14:02")
         assert set(held) == HOLD | TOLD
         assert (held["state"], held["until"], held["run"]) == ("active", None, None)
@@ -116,7 +117,7 @@ def test_a_hold_from_setting_it_to_the_last_job(project: Project) -> None:
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_a_hold_says_what_it_will_change_and_where_it_is_in_force(project: Project) -> None:
+def test_a_hold_says_what_it_will_change_and_where_it_is_in_force(project: NodeProject) -> None:
     # Given jobs that wait in the queue and one that comes later, and no worker
     project.seed("r1", [*jobs(5), {"job_id": "late", "payload": {"n": 9}, "tags": {"kind": "odd"}, "delay_s": 3600}])
 
@@ -130,14 +131,14 @@ def test_a_hold_says_what_it_will_change_and_where_it_is_in_force(project: Proje
     assert "no worker runs" in done.stderr
 
     # And with a worker: on how many it is in force; and that a target without jobs may be a slip of the pen
-    with project.worker():
+    with project.node():
         done = project.cli("hold", "set", "--selector", "kid=odd", "--run", "last")
         assert done.stdout.splitlines()[0] == "closes kid=odd for run r1 until it is cleared: 0 jobs match"
         assert "is in force on 1 of 1 worker\n" in done.stdout
         assert "no job that is on its way matches" in done.stderr
 
 
-def test_a_dry_run_of_a_hold_changes_nothing(project: Project) -> None:
+def test_a_dry_run_of_a_hold_changes_nothing(project: NodeProject) -> None:
     # Given jobs, and a hold
     project.seed("r1", jobs(4))
     made = project.json("hold", "set", "--selector", "kind=odd", "--run", "r1", "--reason", "first")
@@ -160,9 +161,9 @@ def test_a_dry_run_of_a_hold_changes_nothing(project: Project) -> None:
     assert "nothing was changed" in project.cli("hold", "set", "--selector", "a=b", "--dry-run").stdout
 
 
-def test_a_hold_ends_by_itself_at_its_time(project: Project) -> None:
+def test_a_hold_ends_by_itself_at_its_time(project: NodeProject) -> None:
     # Given a worker, and a hold that keeps jobs
-    with project.worker():
+    with project.node():
         project.json("hold", "set", "--selector", "kind=odd")
         project.seed("r1", jobs(4))
         eventually(lambda: states(project) == {"terminal": 2, "held": 2})
@@ -179,7 +180,7 @@ def test_a_hold_ends_by_itself_at_its_time(project: Project) -> None:
     assert min(started["j001"], started["j003"]) >= ends
 
 
-def test_set_again_a_hold_has_the_new_time_and_reason(project: Project) -> None:
+def test_set_again_a_hold_has_the_new_time_and_reason(project: NodeProject) -> None:
     first = project.json("hold", "set", "--selector", "a=1", "--selector", "b=2", "--reason", "one")
     again = project.json("hold", "set", "--selector", "b=2", "--selector", "a=1", "--until", "+1h", "--reason", "two")
     assert again["hold"] == first["hold"]
@@ -187,7 +188,7 @@ def test_set_again_a_hold_has_the_new_time_and_reason(project: Project) -> None:
     assert (row["reason"], row["until"], row["created_at"]) == ("two", again["until"], first["created_at"])
 
 
-def test_a_hold_is_cleared_by_the_words_that_set_it(project: Project) -> None:
+def test_a_hold_is_cleared_by_the_words_that_set_it(project: NodeProject) -> None:
     # Given holds on the same tags, for all runs and for one, and two more on that one
     for run in ("r1", "r2"):
         project.json("run", "init", run, "--pipeline", "demo")
@@ -213,7 +214,7 @@ def test_a_hold_is_cleared_by_the_words_that_set_it(project: Project) -> None:
     assert in_force() == {other}
 
 
-def test_what_is_not_there_is_not_cleared(project: Project) -> None:
+def test_what_is_not_there_is_not_cleared(project: NodeProject) -> None:
     # Given a hold that was cleared already
     project.json("run", "init", "r1", "--pipeline", "demo")
     gone = project.json("hold", "set", "--selector", "kind=odd")["hold"]
@@ -232,7 +233,7 @@ def test_what_is_not_there_is_not_cleared(project: Project) -> None:
 # --- throttles ---
 
 
-def test_a_throttle_from_setting_it_to_clearing_it(project: Project) -> None:
+def test_a_throttle_from_setting_it_to_clearing_it(project: NodeProject) -> None:
     # Given jobs of which some are throttled, in every stage
     project.seed("r1", jobs(12))
     made = project.json(
@@ -244,7 +245,7 @@ def test_a_throttle_from_setting_it_to_clearing_it(project: Project) -> None:
 
     # When a worker takes them
     begin = time.monotonic()
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "60")
         took_s = time.monotonic() - begin
 
@@ -268,7 +269,7 @@ def test_a_throttle_from_setting_it_to_clearing_it(project: Project) -> None:
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_a_throttle_says_what_it_will_change(project: Project) -> None:
+def test_a_throttle_says_what_it_will_change(project: NodeProject) -> None:
     # Given jobs
     project.seed("r1", jobs(5))
     selector = ("--selector", "kind=odd", "--run", "r1")
@@ -292,7 +293,7 @@ def test_a_throttle_says_what_it_will_change(project: Project) -> None:
     assert (row["concurrency"], row["rate_per_s"], row["budget"]) == (4, None, None)
 
 
-def test_a_dry_run_of_a_throttle_changes_nothing(project: Project) -> None:
+def test_a_dry_run_of_a_throttle_changes_nothing(project: NodeProject) -> None:
     # Given a throttle
     project.seed("r1", jobs(4))
     made = project.json("throttle", "set", "--selector", "kind=odd", "--rate", "5/s")
@@ -310,7 +311,7 @@ def test_a_dry_run_of_a_throttle_changes_nothing(project: Project) -> None:
     assert (row["throttle"], row["rate_per_s"]) == (made["throttle"], 5.0)
 
 
-def test_a_throttle_is_cleared_by_the_words_that_set_it(project: Project) -> None:
+def test_a_throttle_is_cleared_by_the_words_that_set_it(project: NodeProject) -> None:
     # Given throttles for the same tags, for all runs and for one
     project.json("run", "init", "r1", "--pipeline", "demo")
     for_all = project.json("throttle", "set", "--selector", "kind=odd", "--rate", "5/s")["throttle"]
@@ -331,7 +332,7 @@ def test_a_throttle_is_cleared_by_the_words_that_set_it(project: Project) -> Non
 # --- pauses ---
 
 
-def test_a_paused_stage_waits_over_restarts_until_it_is_resumed(project: Project) -> None:
+def test_a_paused_stage_waits_over_restarts_until_it_is_resumed(project: NodeProject) -> None:
     # Given a run whose second stage is paused before a worker comes
     project.seed("r1", jobs(6))
     made = project.json("pause", "last", "--stage", "second", "--reason", "bug in second")
@@ -339,9 +340,9 @@ def test_a_paused_stage_waits_over_restarts_until_it_is_resumed(project: Project
     assert (made["run"], made["stage"], made["partition"], made["dry_run"]) == ("r1", "second", None, False)
 
     # When one worker comes and goes, and another comes
-    with project.worker():
+    with project.node():
         eventually(lambda: states(project) == {"waiting": 6})
-    with project.worker():
+    with project.node():
         # Then all jobs wait before that stage
         by_stage = {row["stage"]: row for row in project.json("run", "status", "r1")["stages"]}
         assert (by_stage["first"]["completed"], by_stage["second"]["completed"]) == (6, 0)
@@ -363,10 +364,10 @@ def test_a_paused_stage_waits_over_restarts_until_it_is_resumed(project: Project
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_a_pause_says_what_it_will_change(project: Project) -> None:
+def test_a_pause_says_what_it_will_change(project: NodeProject) -> None:
     # Given a run with jobs of two partitions, and a worker
     project.seed("r1", jobs(5))
-    with project.worker("-Q", "demo.third"):
+    with project.node("-Q", "demo.third"):
         # When a partition of it is paused, and then all of it
         part = project.cli("pause", "r1", "--partition", "kind__odd")
         whole = project.cli("pause", "r1")
@@ -383,7 +384,7 @@ def test_a_pause_says_what_it_will_change(project: Project) -> None:
     assert "still paused: run r1, partition kind__odd" in done.stderr
 
 
-def test_what_is_not_paused_is_not_resumed(project: Project) -> None:
+def test_what_is_not_paused_is_not_resumed(project: NodeProject) -> None:
     # Given a run of which one stage is paused
     project.seed("r1", jobs(2))
     project.json("pause", "r1", "--stage", "second")
@@ -399,7 +400,7 @@ def test_what_is_not_paused_is_not_resumed(project: Project) -> None:
     assert found["hint"].startswith("nothing of run r1 is paused")
 
 
-def test_a_dry_run_of_a_pause_changes_nothing(project: Project) -> None:
+def test_a_dry_run_of_a_pause_changes_nothing(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(4))
 
@@ -418,7 +419,7 @@ def test_a_dry_run_of_a_pause_changes_nothing(project: Project) -> None:
     assert "nothing was changed" in project.cli("resume", "r1", "--stage", "first", "--dry-run").stdout
 
 
-def test_a_pause_is_not_cleared_as_a_hold(project: Project) -> None:
+def test_a_pause_is_not_cleared_as_a_hold(project: NodeProject) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     made = project.json("pause", "r1")
     done = project.cli("hold", "clear", made["pause"], "--json")
@@ -484,7 +485,7 @@ BAD_PAUSES = [
 
 @pytest.mark.parametrize("cases", [BAD_HOLDS, BAD_THROTTLES, BAD_PAUSES], ids=["hold", "throttle", "pause"])
 def test_bad_input_is_a_clear_error_and_changes_nothing(
-    project: Project, cases: list[tuple[list[str], tuple[int, str]]]
+    project: NodeProject, cases: list[tuple[list[str], tuple[int, str]]]
 ) -> None:
     # Given a run
     project.json("run", "init", "r1", "--pipeline", "demo")
@@ -498,7 +499,7 @@ def test_bad_input_is_a_clear_error_and_changes_nothing(
     assert project.json("throttle", "list") == []
 
 
-def test_celery_has_the_same_commands(project: Project) -> None:
+def test_celery_has_the_same_commands(project: NodeProject) -> None:
     # Given a run
     celery = ("celery", "-A", "pipeline_app")
     project.json("run", "init", "r1", "--pipeline", "demo")
@@ -522,11 +523,11 @@ def test_celery_has_the_same_commands(project: Project) -> None:
     assert project.run(*celery, "hold", "clear", "h-0").returncode == 1
 
 
-def test_a_broker_that_is_away_keeps_nobody_from_closing_a_target(project: Project) -> None:
+def test_a_broker_that_is_away_keeps_nobody_from_closing_a_target(project: NodeProject) -> None:
     # Given a broker that does not answer, and a worker that it had
     project.json("run", "init", "r1", "--pipeline", "demo")
     away = {"AMQP_URL": "amqp://joe:secret@127.0.0.1:1//"}
-    with project.worker():
+    with project.node():
         # When a target is closed, then it is, and the command says that the worker was not told
         done = project.cli("hold", "set", "--selector", "kind=odd", env=away)
         assert done.returncode == 0

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 ATTEMPT = {
     "job_id",
@@ -59,20 +60,20 @@ def job(job_id: str, *, n: Any = 1, tags: dict[str, str] | None = None, line: An
     return {"job_id": job_id, "payload": {"n": n, **payload}, "tags": tags or {}, **(line or {})}
 
 
-def finish(project: Project, *jobs: Any) -> None:
+def finish(project: NodeProject, *jobs: Any) -> None:
     """A run `r1` of these jobs, to its end."""
     project.seed("r1", list(jobs))
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "60")
 
 
-def why(project: Project, job_id: str, **options: Any) -> dict[str, Any]:
+def why(project: NodeProject, job_id: str, **options: Any) -> dict[str, Any]:
     found: dict[str, Any] = project.json("why", "r1", job_id, **options)
     assert list(found) == ["run", "job_id", "state", "reason", "waits_for", "hint"]
     return found
 
 
-def test_failures_say_what_each_job_died_of(project: Project) -> None:
+def test_failures_say_what_each_job_died_of(project: NodeProject) -> None:
     # Given jobs that die in every way that a handler's job can
     finish(
         project,
@@ -120,7 +121,7 @@ def test_failures_say_what_each_job_died_of(project: Project) -> None:
     assert 'raise ValueError(f"attempt {job.attempt} of {item.n}")' in text
 
 
-def test_failures_in_groups(project: Project) -> None:
+def test_failures_in_groups(project: NodeProject) -> None:
     # Given jobs that die in two ways, some that wait for a retry, and one that is fine
     stages = (project.folder / "stages.py").read_text().replace('backoff="0.2s"', 'backoff="10m"')
     project.write("stages.py", stages)
@@ -133,8 +134,8 @@ def test_failures_in_groups(project: Project) -> None:
             job("expired", line={"expires_at": "2020-01-01T00:00:00Z"}),
         ],
     )
-    with project.worker() as worker:
-        worker.wait_for(lambda: failed_jobs(project) == 8)
+    with project.node():
+        eventually(lambda: failed_jobs(project) == 8)
 
     # When they are listed in groups
     found = project.json("failures", "last", "--grouped")
@@ -175,21 +176,21 @@ def test_failures_in_groups(project: Project) -> None:
     assert project.cli("failures", "r1", "--grouped", "--stage", "second").stdout == "no failures\n"
 
 
-def failed_jobs(project: Project) -> int:
+def failed_jobs(project: NodeProject) -> int:
     """Jobs of the run that are dead or wait for a retry."""
     states = project.json("run", "status", "r1")["states"]
     return int(states["dead_lettered"] + states["retry_waiting"])
 
 
 @pytest.mark.parametrize("option", [("--job", "a"), ("--error", "0000000000")])
-def test_groups_are_not_of_one_job_or_one_group(project: Project, option: tuple[str, str]) -> None:
+def test_groups_are_not_of_one_job_or_one_group(project: NodeProject, option: tuple[str, str]) -> None:
     done = project.cli("failures", "r1", "--grouped", *option, "--json")
     assert done.returncode == 2
     assert "not jobs" in json.loads(done.stderr)["error"]["message"]
     assert done.stdout == ""
 
 
-def test_groups_of_what_is_not_there_are_not_found(project: Project) -> None:
+def test_groups_of_what_is_not_there_are_not_found(project: NodeProject) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     for arguments in (("nope",), ("r1", "--stage", "nope")):
         done = project.cli("failures", *arguments, "--grouped", "--json")
@@ -197,7 +198,7 @@ def test_groups_of_what_is_not_there_are_not_found(project: Project) -> None:
         assert json.loads(done.stderr)["error"]["code"] == "not_found"
 
 
-def test_attempts_are_listed_oldest_first(project: Project) -> None:
+def test_attempts_are_listed_oldest_first(project: NodeProject) -> None:
     # Given a job that fails twice before it succeeds, and another one
     finish(project, job("a", fail=2), job("b"))
 
@@ -222,7 +223,7 @@ def test_attempts_are_listed_oldest_first(project: Project) -> None:
     assert [row["stage"] for row in project.json("attempts", "r1", "--job", "a", "--limit", "2")] == ["second", "third"]
 
 
-def test_events_tell_a_job_s_way(project: Project) -> None:
+def test_events_tell_a_job_s_way(project: NodeProject) -> None:
     # Given a run that is done
     finish(project, job("a"), job("b"))
 
@@ -242,7 +243,7 @@ def test_events_tell_a_job_s_way(project: Project) -> None:
     assert [json.loads(line)["stage"] for line in only] == ["third"]
 
 
-def test_a_job_s_timeline(project: Project) -> None:
+def test_a_job_s_timeline(project: NodeProject) -> None:
     # Given a job whose id needs escaping, that failed once
     finish(project, job("dir/ü 1%", fail=1, tags={"kind": "x", "provider": "y"}))
 
@@ -266,7 +267,7 @@ def test_a_job_s_timeline(project: Project) -> None:
 
 
 @pytest.mark.parametrize("command", ["job", "why"])
-def test_an_unknown_job_is_not_found(project: Project, command: str) -> None:
+def test_an_unknown_job_is_not_found(project: NodeProject, command: str) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     done = project.cli(command, "r1", "nope", "--json")
     assert done.returncode == 1
@@ -274,7 +275,7 @@ def test_an_unknown_job_is_not_found(project: Project, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["failures", "attempts", "events"])
-def test_a_filter_that_names_nothing_is_not_found(project: Project, command: str) -> None:
+def test_a_filter_that_names_nothing_is_not_found(project: NodeProject, command: str) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     for option in (("--job", "nope"), ("--stage", "nope")):
         done = project.cli(command, "r1", *option, "--json")
@@ -282,7 +283,7 @@ def test_a_filter_that_names_nothing_is_not_found(project: Project, command: str
         assert json.loads(done.stderr)["error"]["code"] == "not_found"
 
 
-def test_why_before_any_worker_runs(project: Project) -> None:
+def test_why_before_any_worker_runs(project: NodeProject) -> None:
     # Given jobs that are delayed and pending, and no worker
     project.seed("r1", [job("later", line={"delay_s": 3600}), job("now")])
 
@@ -306,7 +307,7 @@ def test_why_before_any_worker_runs(project: Project) -> None:
     assert "joe:***@" in found["reason"]
 
 
-def test_why_of_what_could_not_be_published(project: Project) -> None:
+def test_why_of_what_could_not_be_published(project: NodeProject) -> None:
     # Given a job that was seeded while the broker was away
     project.json("run", "init", "r1", "--pipeline", "demo")
     away = {"AMQP_URL": "amqp://127.0.0.1:1//"}
@@ -318,11 +319,11 @@ def test_why_of_what_could_not_be_published(project: Project) -> None:
     assert "no worker runs" in found["hint"]
 
 
-def test_why_while_a_worker_has_it(project: Project) -> None:
+def test_why_while_a_worker_has_it(project: NodeProject) -> None:
     # Given a worker that is busy with a job
     project.seed("r1", [job("long", sleep_s=20), job("retried", fail=1)])
-    with project.worker() as worker:
-        worker.wait_for(lambda: why(project, "long")["state"] == "running")
+    with project.node() as worker:
+        eventually(lambda: why(project, "long")["state"] == "running")
 
         # Then the job waits for its handler, on that worker
         found = why(project, "long")
@@ -339,13 +340,13 @@ def test_why_while_a_worker_has_it(project: Project) -> None:
     assert "the sweep of any worker" in found["hint"]
 
 
-def test_why_between_two_tries(project: Project) -> None:
+def test_why_between_two_tries(project: NodeProject) -> None:
     # Given a job that failed and waits long for its next try
     stages = (project.folder / "stages.py").read_text().replace('backoff="0.2s"', 'backoff="10m"')
     project.write("stages.py", stages)
     project.seed("r1", [job("a", fail=1)])
-    with project.worker() as worker:
-        worker.wait_for(lambda: why(project, "a")["state"] == "retry_waiting")
+    with project.node():
+        eventually(lambda: why(project, "a")["state"] == "retry_waiting")
         found = why(project, "a")
 
     # Then the answer has the time, the number of failures and the error
@@ -356,7 +357,7 @@ def test_why_between_two_tries(project: Project) -> None:
     assert found["hint"] is None
 
 
-def test_why_of_jobs_at_rest(project: Project) -> None:
+def test_why_of_jobs_at_rest(project: NodeProject) -> None:
     finish(project, job("fine"), job("dead", permanent=True))
     assert (why(project, "fine")["state"], why(project, "fine")["waits_for"]) == ("terminal", None)
     dead = why(project, "dead")
@@ -369,7 +370,7 @@ def test_why_of_jobs_at_rest(project: Project) -> None:
     )
 
 
-def test_why_of_a_cancelled_job(project: Project) -> None:
+def test_why_of_a_cancelled_job(project: NodeProject) -> None:
     project.seed("r1", [job("a")])
     project.json("run", "cancel", "r1")
     found = why(project, "a")
@@ -377,15 +378,15 @@ def test_why_of_a_cancelled_job(project: Project) -> None:
     assert found["reason"].startswith("its run was cancelled at ")
 
 
-def test_why_of_a_run_with_another_definition(project: Project) -> None:
+def test_why_of_a_run_with_another_definition(project: NodeProject) -> None:
     # Given a run that was made before the pipeline was changed
     project.seed("r1", [job("a")])
     stages = (project.folder / "stages.py").read_text().replace("Stage(second, chunk=2)", "Stage(second, chunk=3)")
     project.write("stages.py", stages)
 
     # When a worker with the new code comes to the job
-    with project.worker() as worker:
-        worker.wait_for(lambda: why(project, "a")["state"] == "waiting")
+    with project.node():
+        eventually(lambda: why(project, "a")["state"] == "waiting")
         found = why(project, "a")
 
     # Then it waits for one with the old code, and says so
@@ -393,7 +394,7 @@ def test_why_of_a_run_with_another_definition(project: Project) -> None:
     assert found["hint"] == "start a worker with the code that the run was made with"
 
 
-def test_why_of_a_file_whose_seeder_died(project: Project) -> None:
+def test_why_of_a_file_whose_seeder_died(project: NodeProject) -> None:
     # Given a whole batch that was never closed: its seeder was killed between two pages
     project.json("run", "init", "r1", "--pipeline", "demo")
     db = project.runtime().store.db
@@ -408,7 +409,7 @@ def test_why_of_a_file_whose_seeder_died(project: Project) -> None:
     assert "--skip-existing" in found["hint"]
 
 
-def test_workers_are_listed_while_they_run_and_after(project: Project) -> None:
+def test_workers_are_listed_while_they_run_and_after(project: NodeProject) -> None:
     # Given no worker, then one
     assert project.json("workers") == []
     assert "no workers" in project.cli("workers").stdout

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 
 def jobs(number: int, **payload: Any) -> list[dict[str, Any]]:
@@ -21,7 +22,7 @@ def jobs(number: int, **payload: Any) -> list[dict[str, Any]]:
     ]
 
 
-def states(project: Project, run: str = "r1") -> dict[str, int]:
+def states(project: NodeProject, run: str = "r1") -> dict[str, int]:
     """State -> jobs; no zeros."""
     now = project.json("run", "status", run)["states"]
     return {state: number for state, number in now.items() if number}
@@ -34,7 +35,7 @@ def error(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
-def test_some_jobs_are_cancelled(project: Project) -> None:
+def test_some_jobs_are_cancelled(project: NodeProject) -> None:
     # Given a run with odd and even jobs
     project.seed("r1", jobs(6))
 
@@ -67,13 +68,13 @@ def test_some_jobs_are_cancelled(project: Project) -> None:
     assert error(project.cli(*odd, "--json"))["code"] == "not_found"
 
     # And the others go through all stages
-    with project.worker():
+    with project.node():
         waited = project.json("run", "wait", "r1", "--timeout", "60")
     assert (waited["states"]["terminal"], waited["states"]["cancelled"]) == (3, 3)
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_without_a_filter_the_run_is_cancelled(project: Project) -> None:
+def test_without_a_filter_the_run_is_cancelled(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(4))
 
@@ -89,7 +90,7 @@ def test_without_a_filter_the_run_is_cancelled(project: Project) -> None:
     assert (now["state"], now["states"]["cancelled"]) == ("cancelled", 4)
 
 
-def test_jobs_are_moved(project: Project) -> None:
+def test_jobs_are_moved(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(4))
 
@@ -107,7 +108,7 @@ def test_jobs_are_moved(project: Project) -> None:
     assert odd["ready"] == 1
 
     # and all end well, without having been in the first
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "60")
     assert sorted(line.split()[1] for line in project.calls()) == ["j0", "j2"]
     assert project.json("run", "verify", "r1")["ok"]
@@ -117,7 +118,7 @@ def test_jobs_are_moved(project: Project) -> None:
     assert "@" in details["actor"]
 
 
-def test_a_priority_is_given(project: Project) -> None:
+def test_a_priority_is_given(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(4))
 
@@ -130,20 +131,20 @@ def test_a_priority_is_given(project: Project) -> None:
     assert (given["priority"], given["matched"], given["changed"]) == (-5, 2, 2)
     done = project.cli("priority", "r1", "10", "--job", "j2")
     assert done.stdout.splitlines()[-1] == "1 job of run r1 changed to priority 10"
-    with project.worker():
+    with project.node():
         waited = project.json("run", "wait", "r1", "--timeout", "60")
     assert waited["states"]["terminal"] == 4
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_jobs_go_by_priority(project: Project) -> None:
+def test_jobs_go_by_priority(project: NodeProject) -> None:
     # Given a run of many jobs, each in a message of its own, none of which was taken yet
     project.write("stages.py", (project.folder / "stages.py").read_text().replace("chunk=5", "chunk=1"))
     project.seed("r1", [{**row, "tags": {"kind": "one"}} for row in jobs(300)])
 
     # When the last one is given the highest priority, and one worker takes them one by one
     project.json("priority", "r1", "1000", "--job", "j299")
-    with project.worker("-Q", "demo.first", concurrency=1):
+    with project.node("-Q", "demo.first", concurrency=1):
         eventually(lambda: len(project.calls()) == 300, timeout=90)
 
     # Then it goes before all that were not on their way by then: those are a short runway
@@ -161,7 +162,7 @@ def test_jobs_go_by_priority(project: Project) -> None:
     ],
 )
 def test_it_asks_at_a_terminal(
-    project: Project, command: tuple[str, ...], question: str, refused: str, answer: str
+    project: NodeProject, command: tuple[str, ...], question: str, refused: str, answer: str
 ) -> None:
     # Given somebody at a terminal
     project.seed("r1", jobs(1))
@@ -211,7 +212,7 @@ def test_it_asks_at_a_terminal(
     ],
 )
 def test_what_cannot_be_done_changes_nothing(
-    project: Project, arguments: tuple[str, ...], code: int, name: str
+    project: NodeProject, arguments: tuple[str, ...], code: int, name: str
 ) -> None:
     # Given a run
     project.seed("r1", jobs(1))
@@ -224,7 +225,7 @@ def test_what_cannot_be_done_changes_nothing(
     assert states(project) == {"pending": 1}
 
 
-def test_celery_has_the_same_commands(project: Project) -> None:
+def test_celery_has_the_same_commands(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(2))
 

@@ -15,7 +15,8 @@ from pipeline_app.control.sight.status import status
 from pipeline_app.views.cli.main import app
 from tests.acceptance.test_cli_runs import error
 from tests.integration.helpers import everything
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 ROW = [
     "operation",
@@ -39,23 +40,23 @@ ROW = [
 MENDED = ("--set", "permanent=false")
 
 
-def dead_jobs(project: Project, number: int) -> None:
+def dead_jobs(project: NodeProject, number: int) -> None:
     """A run `r1` whose jobs died in the first stage."""
     rows = [
         {"job_id": f"j{n:03}", "payload": {"n": n, "permanent": True}, "tags": {"kind": "odd" if n % 2 else "even"}}
         for n in range(number)
     ]
     project.seed("r1", rows)
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "60")
 
 
-def states(project: Project) -> dict[str, int]:
+def states(project: NodeProject) -> dict[str, int]:
     found = project.json("run", "status", "r1")["states"]
     return {state: number for state, number in found.items() if number}
 
 
-def test_a_replay_from_the_dry_run_to_the_end(project: Project) -> None:
+def test_a_replay_from_the_dry_run_to_the_end(project: NodeProject) -> None:
     # Given dead letters
     dead_jobs(project, 7)
     before = everything(project.runtime())
@@ -86,7 +87,7 @@ def test_a_replay_from_the_dry_run_to_the_end(project: Project) -> None:
     assert (started["state"], started["would_replay"], started["released"]) == ("running", 3, 0)
     assert "no worker runs" in started["warnings"][0]
     # and when a worker runs, it is carried out
-    with project.worker():
+    with project.node():
         eventually(lambda: states(project) == {"terminal": 3, "dead_lettered": 4})
         # and another one can be waited for, as text
         waited = project.cli("replay", "start", "r1", "--yes", "--wait", "--job", "j000", "--job", "j002", *MENDED)
@@ -116,11 +117,11 @@ def test_a_replay_from_the_dry_run_to_the_end(project: Project) -> None:
     assert "replayed" in project.cli("job", "r1", "j001").stdout
 
 
-def test_a_replay_halts_and_goes_on(project: Project) -> None:
+def test_a_replay_halts_and_goes_on(project: NodeProject) -> None:
     # Given dead letters of a bug that is still there
     dead_jobs(project, 60)
 
-    with project.worker():
+    with project.node():
         # When they are replayed with a limit, and somebody waits
         done = project.cli(
             "replay", "start", "r1", "--rate", "40/s", "--halt-after", "5", "--wait", "--yes", timeout=60
@@ -144,7 +145,7 @@ def test_a_replay_halts_and_goes_on(project: Project) -> None:
         assert (refused["code"], refused["message"]) == ("refused", f"replay {row['operation']} is cancelled")
 
 
-def test_a_replay_outlives_its_operator_and_can_be_paused(project: Project) -> None:
+def test_a_replay_outlives_its_operator_and_can_be_paused(project: NodeProject) -> None:
     # Given a replay whose operator follows it
     dead_jobs(project, 300)
     rt = project.runtime()
@@ -153,7 +154,7 @@ def test_a_replay_outlives_its_operator_and_can_be_paused(project: Project) -> N
         (row,) = replay.listing(rt)
         return int(row["released"])
 
-    with project.worker():
+    with project.node():
         operator = subprocess.Popen(
             ["pipeline-app", "replay", "start", "r1", *MENDED, "--rate", "20/s", "--wait", "--yes"],
             cwd=project.folder,
@@ -188,12 +189,12 @@ def test_a_replay_outlives_its_operator_and_can_be_paused(project: Project) -> N
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_another_payload_and_another_stage(project: Project) -> None:
+def test_another_payload_and_another_stage(project: NodeProject) -> None:
     # Given dead letters, and a file with a good payload
     dead_jobs(project, 2)
     path = project.write("good.json", json.dumps({"n": 7}))
 
-    with project.worker():
+    with project.node():
         # When they are replayed with it, and then once more from the last stage
         project.json("replay", "start", "r1", "--payload", str(path), "--wait")
         eventually(lambda: states(project) == {"terminal": 2})
@@ -236,7 +237,7 @@ def test_wrong_usage(arguments: list[str], says: str, monkeypatch: pytest.Monkey
     assert says in found["message"]
 
 
-def test_what_is_refused(prepared: Project) -> None:
+def test_what_is_refused(prepared: NodeProject) -> None:
     for arguments, code, says in (
         (["--stage", "fourth"], "not_found", "no stage 'fourth'"),
         (["--from-stage", "fourth"], "not_found", "no stage 'fourth'"),
@@ -251,13 +252,13 @@ def test_what_is_refused(prepared: Project) -> None:
 
 
 @pytest.fixture
-def prepared(project: Project) -> Project:
+def prepared(project: NodeProject) -> NodeProject:
     """A run with a job that is not due."""
     project.seed("r1", [{"job_id": "a", "payload": {"n": 1}, "delay_s": 600}])
     return project
 
 
-def test_a_dry_run_that_would_do_nothing_says_no(prepared: Project) -> None:
+def test_a_dry_run_that_would_do_nothing_says_no(prepared: NodeProject) -> None:
     found: dict[str, Any] = prepared.json("replay", "start", "r1", "--dry-run", code=1)
     assert (found["matched"], found["would_replay"]) == (0, 0)
     found = prepared.json("replay", "start", "r1", "--status", "waiting", "--dry-run", code=1)
@@ -266,7 +267,7 @@ def test_a_dry_run_that_would_do_nothing_says_no(prepared: Project) -> None:
     assert found["would_replay"] == 1
 
 
-def test_runs_and_replays_that_are_not_there(prepared: Project) -> None:
+def test_runs_and_replays_that_are_not_there(prepared: NodeProject) -> None:
     for arguments in (
         ["start", "nowhere"],
         ["list", "nowhere"],

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 STATES = {"waiting", "pending", "running", "retry_waiting", "held", "terminal", "dead_lettered", "cancelled"}
 
@@ -27,12 +28,12 @@ def jobs(number: int, **payload: Any) -> list[dict[str, Any]]:
     ]
 
 
-def write_jobs(project: Project, rows: list[dict[str, Any]]) -> str:
+def write_jobs(project: NodeProject, rows: list[dict[str, Any]]) -> str:
     return str(project.write("jobs.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
 
 
 @contextmanager
-def started(project: Project, *command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def started(project: NodeProject, *command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A command of ours that is still running."""
     process = subprocess.Popen(
         command,
@@ -58,7 +59,7 @@ def error(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
-def test_a_run_from_the_first_command_to_the_last_result(project: Project) -> None:
+def test_a_run_from_the_first_command_to_the_last_result(project: NodeProject) -> None:
     # Given a run, and jobs of which one fails for good and one fails twice before it succeeds
     made = project.json("run", "init", "r1", "--pipeline", "demo")
     assert (made["run"], made["stages"], made["warnings"]) == ("r1", ["first", "second", "third"], [])
@@ -69,7 +70,7 @@ def test_a_run_from_the_first_command_to_the_last_result(project: Project) -> No
     assert (seeded["run"], seeded["added"], seeded["skipped"], seeded["published"]) == ("r1", 23, 0, True)
 
     # When a worker takes them, and somebody waits
-    with project.worker():
+    with project.node():
         waited = project.json("run", "wait", "last", "--timeout", "60")
 
         # Then waiting ends with the answer yes, and by --strict with no
@@ -104,7 +105,7 @@ def test_a_run_from_the_first_command_to_the_last_result(project: Project) -> No
     assert [(row["run"], row["state"], row["seeded"]) for row in listed] == [("r1", "complete", 23)]
 
 
-def test_verify_says_no_when_a_job_is_lost(project: Project) -> None:
+def test_verify_says_no_when_a_job_is_lost(project: NodeProject) -> None:
     # Given a run one of whose jobs somebody deleted
     project.seed("r1", jobs(3))
     project.runtime().store.db.job_states.delete_one({"_id": "r1/j001"})
@@ -118,7 +119,7 @@ def test_verify_says_no_when_a_job_is_lost(project: Project) -> None:
     assert "3 jobs were seeded, 2 are there" in text.stdout
 
 
-def test_a_bad_line_adds_nothing_of_a_file(project: Project) -> None:
+def test_a_bad_line_adds_nothing_of_a_file(project: NodeProject) -> None:
     # Given a file whose last line is broken, behind more jobs than one page
     project.json("run", "init", "r1", "--pipeline", "demo")
     path = write_jobs(project, jobs(1500))
@@ -135,7 +136,7 @@ def test_a_bad_line_adds_nothing_of_a_file(project: Project) -> None:
     assert project.json("run", "status", "r1")["seeded"] == 0
 
 
-def test_a_duplicate_takes_the_whole_file_back(project: Project) -> None:
+def test_a_duplicate_takes_the_whole_file_back(project: NodeProject) -> None:
     # Given a run with a job that is also at the end of a file
     project.seed("r1", [{"job_id": "j1200", "payload": {"n": 1}}])
     rows = [{"job_id": f"j{n}", "payload": {"n": n}} for n in range(1500)]
@@ -154,7 +155,7 @@ def test_a_duplicate_takes_the_whole_file_back(project: Project) -> None:
 
 
 @pytest.mark.parametrize("source", ["-", "/dev/stdin"])
-def test_standard_input_keeps_what_came_before_a_bad_line(project: Project, source: str) -> None:
+def test_standard_input_keeps_what_came_before_a_bad_line(project: NodeProject, source: str) -> None:
     # Given input with a bad line behind the first page
     project.json("run", "init", "r1", "--pipeline", "demo")
     good = [json.dumps({"job_id": f"j{n}", "payload": {"n": n}}) for n in range(1100)]
@@ -174,7 +175,7 @@ def test_standard_input_keeps_what_came_before_a_bad_line(project: Project, sour
     assert (seeded["added"], seeded["skipped"]) == (1100 - added, added)
 
 
-def test_a_seeding_that_is_stopped_is_noticed_and_goes_on(project: Project) -> None:
+def test_a_seeding_that_is_stopped_is_noticed_and_goes_on(project: NodeProject) -> None:
     # Given a seeding from a pipe, which publishes as it comes and is stopped before the last job
     project.json("run", "init", "r1", "--pipeline", "demo")
     lines = [json.dumps({"job_id": f"j{n}", "payload": {"n": n}}) + "\n" for n in range(1001)]
@@ -204,7 +205,7 @@ def test_a_seeding_that_is_stopped_is_noticed_and_goes_on(project: Project) -> N
     assert project.json("run", "wait", "r1", "--timeout", "0", code=1)["outcome"] == "timeout"
 
 
-def test_seeding_does_not_need_the_broker(project: Project) -> None:
+def test_seeding_does_not_need_the_broker(project: NodeProject) -> None:
     # Given a broker that is away
     project.json("run", "init", "r1", "--pipeline", "demo")
     away = {"AMQP_URL": "amqp://joe:secret@127.0.0.1:1//"}
@@ -218,11 +219,11 @@ def test_seeding_does_not_need_the_broker(project: Project) -> None:
     assert "secret" not in done.stderr
 
     # And a worker brings them on when the broker is there
-    with project.worker():
+    with project.node():
         assert project.json("run", "wait", "r1", "--timeout", "60")["states"]["terminal"] == 3
 
 
-def test_wait_names_what_is_not_done(project: Project) -> None:
+def test_wait_names_what_is_not_done(project: NodeProject) -> None:
     # Given jobs that no worker takes
     project.seed("r1", jobs(4))
 
@@ -235,10 +236,10 @@ def test_wait_names_what_is_not_done(project: Project) -> None:
     assert "nothing consumes demo.first.kind__even, demo.first.kind__odd" in done.stderr
 
 
-def test_wait_for_a_stage_does_not_wait_for_the_next(project: Project) -> None:
+def test_wait_for_a_stage_does_not_wait_for_the_next(project: NodeProject) -> None:
     # Given a worker for the first stage only
     project.seed("r1", jobs(4))
-    with project.worker("-Q", "demo.first"):
+    with project.node("-Q", "demo.first"):
         # Then waiting for that stage ends, and for the next does not
         assert project.json("run", "wait", "r1", "--stage", "first", "--timeout", "60")["done"]
         assert not project.json("run", "wait", "r1", "--stage", "second", "--timeout", "0", code=1)["done"]
@@ -247,10 +248,10 @@ def test_wait_for_a_stage_does_not_wait_for_the_next(project: Project) -> None:
     assert done.returncode == 1
 
 
-def test_watch_ends_with_the_run_and_gives_a_line_for_each_change(project: Project) -> None:
+def test_watch_ends_with_the_run_and_gives_a_line_for_each_change(project: NodeProject) -> None:
     # Given a run that goes on
     project.seed("r1", jobs(6, sleep_s=0.3))
-    with project.worker():
+    with project.node():
         # When it is watched
         done = project.cli("run", "watch", "last", "--json")
     assert done.returncode == 0
@@ -264,10 +265,10 @@ def test_watch_ends_with_the_run_and_gives_a_line_for_each_change(project: Proje
     assert len(lines) > 1
 
 
-def test_watch_draws_bars_on_a_terminal(project: Project) -> None:
+def test_watch_draws_bars_on_a_terminal(project: NodeProject) -> None:
     # Given a terminal of 100 columns and a run that is done
     project.seed("r1", jobs(3))
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "60")
     main, terminal = pty.openpty()
     env = {**project.env, "TERM": "xterm", "COLUMNS": "100"}
@@ -301,7 +302,7 @@ def read_all(descriptor: int) -> str:
     )
 
 
-def test_ctrl_c_stops_watching_and_not_the_run(project: Project) -> None:
+def test_ctrl_c_stops_watching_and_not_the_run(project: NodeProject) -> None:
     project.seed("r1", jobs(2))
     with started(project, "pipeline-app", "run", "watch", "r1", "--json") as process:
         assert process.stdout is not None
@@ -311,7 +312,7 @@ def test_ctrl_c_stops_watching_and_not_the_run(project: Project) -> None:
     assert project.json("run", "status", "r1")["state"] == "active"
 
 
-def test_a_cancelled_run_starts_nothing_any_more(project: Project) -> None:
+def test_a_cancelled_run_starts_nothing_any_more(project: NodeProject) -> None:
     # Given jobs that nobody took yet, and one that is to come later
     project.seed("r1", [*jobs(5), {"job_id": "late", "payload": {"n": 9}, "delay_s": 3600}])
 
@@ -326,8 +327,8 @@ def test_a_cancelled_run_starts_nothing_any_more(project: Project) -> None:
     assert project.json("run", "wait", "r1", "--strict")["states"]["cancelled"] == 6
     assert project.json("run", "cancel", "r1")["cancelled"] == 0
     # and a worker runs none of them
-    with project.worker() as worker:
-        worker.wait_for(lambda: any(row["state"] == "running" for row in project.json("workers")))
+    with project.node():
+        eventually(lambda: any(row["state"] == "running" for row in project.json("workers")))
         time.sleep(1)
     assert project.calls() == []
     # and no job can be added
@@ -335,7 +336,7 @@ def test_a_cancelled_run_starts_nothing_any_more(project: Project) -> None:
     assert error(refused)["code"] == "refused"
 
 
-def test_cancel_asks_at_a_terminal(project: Project) -> None:
+def test_cancel_asks_at_a_terminal(project: NodeProject) -> None:
     # Given somebody who types "n"
     project.seed("r1", jobs(2))
     main, terminal = pty.openpty()
@@ -353,7 +354,7 @@ def test_cancel_asks_at_a_terminal(project: Project) -> None:
     assert project.json("run", "status", "r1")["states"]["pending"] == 2
 
 
-def test_a_run_from_a_definition_file(project: Project) -> None:
+def test_a_run_from_a_definition_file(project: NodeProject) -> None:
     # Given a file that the workers' celeryconfig.py does not name
     project.write("other.toml", 'name = "other"\n[[stages]]\nhandler = "stages:second"\n')
     project.write("stages.py", "def second(n: int) -> dict:\n    return {'square': n * n}\n")
@@ -368,7 +369,7 @@ def test_a_run_from_a_definition_file(project: Project) -> None:
     project.write("celeryconfig.py", "pipelines = ['other.toml']\n")
     assert project.json("run", "init", "r2", "--definition", "other.toml")["warnings"] == []
     project.json("run", "seed", "r2", "--jobs", "-", input='{"job_id": "a", "payload": 7}\n')
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r2", "--timeout", "60")
     assert json.loads(project.cli("run", "results", "r2", "--json").stdout)["result"] == {"square": 49}
 
@@ -392,7 +393,7 @@ def test_a_run_from_a_definition_file(project: Project) -> None:
         (["cancel", "nope"], 1, "not_found"),
     ],
 )
-def test_bad_input_is_a_clear_error(project: Project, arguments: list[str], code: int, name: str) -> None:
+def test_bad_input_is_a_clear_error(project: NodeProject, arguments: list[str], code: int, name: str) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     done = project.cli("run", *arguments, "--json", input="")
     assert done.returncode == code
@@ -400,7 +401,7 @@ def test_bad_input_is_a_clear_error(project: Project, arguments: list[str], code
 
 
 @pytest.mark.parametrize("arguments", [["run", "status", "last"], ["workers"]])
-def test_a_store_that_is_away_is_exit_code_3(project: Project, arguments: list[str]) -> None:
+def test_a_store_that_is_away_is_exit_code_3(project: NodeProject, arguments: list[str]) -> None:
     # When nothing answers at the store's address
     away = {"MONGODB_URL": "mongodb://joe:secret@127.0.0.1:1/x"}
     begin = time.monotonic()
@@ -415,21 +416,21 @@ def test_a_store_that_is_away_is_exit_code_3(project: Project, arguments: list[s
     assert "secret" not in done.stderr
 
 
-def test_a_broker_that_is_away_is_a_warning(project: Project) -> None:
+def test_a_broker_that_is_away_is_a_warning(project: NodeProject) -> None:
     project.seed("r1", jobs(1))
     status = project.json("run", "status", "r1", env={"AMQP_URL": "amqp://joe:secret@127.0.0.1:1//"})
     assert status["states"]["pending"] == 1
     assert any("joe:***@127.0.0.1:1" in text for text in status["warnings"])
 
 
-def test_flags_win_over_the_environment(project: Project) -> None:
+def test_flags_win_over_the_environment(project: NodeProject) -> None:
     project.json("run", "init", "r1", "--pipeline", "demo")
     away = {"MONGODB_URL": "mongodb://127.0.0.1:1/x"}
     done = project.cli("--mongodb-url", project.mongodb_url, "run", "list", "--json", env=away)
     assert [row["run"] for row in json.loads(done.stdout)] == ["r1"]
 
 
-def test_a_reader_that_has_enough_is_no_error(project: Project) -> None:
+def test_a_reader_that_has_enough_is_no_error(project: NodeProject) -> None:
     # Given more events than a pipe holds
     project.seed("r1", [{"job_id": f"{n:04}" + "x" * 190, "payload": {"n": n}} for n in range(1000)])
 

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.project import Project, eventually
+from tests.nodes import NodeProject
+from tests.project import eventually
 
 #: Each test starts several workers, one after the other.
 pytestmark = pytest.mark.timeout(300)
@@ -30,7 +31,7 @@ THREADS = ("--pool", "threads", "--concurrency", "1")
 
 
 @pytest.fixture
-def project(project: Project) -> Iterator[Project]:
+def project(project: NodeProject) -> Iterator[NodeProject]:
     """A project whose detached workers end with the test."""
     yield project
     done = project.cli("down")
@@ -42,7 +43,7 @@ def jobs(number: int, kind: str = "a", **payload: Any) -> list[dict[str, Any]]:
     return [{"job_id": f"{kind}{n}", "payload": {"n": n, **payload}, "tags": {"kind": kind}} for n in range(number)]
 
 
-def records(project: Project) -> dict[str, dict[str, Any]]:
+def records(project: NodeProject) -> dict[str, dict[str, Any]]:
     """Name without the host -> record, of the workers listed; the last one of a name."""
     return {row["worker"].partition("@")[0]: row for row in project.json("workers")}
 
@@ -55,7 +56,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for_go(project: Project) -> None:
+def wait_for_go(project: NodeProject) -> None:
     """Let handlers of the first stage wait for the file `go`."""
     code = (project.folder / "stages.py").read_text()
     waiting = 'while not Path("go").exists():\n        time.sleep(0.05)'
@@ -63,7 +64,7 @@ def wait_for_go(project: Project) -> None:
 
 
 @contextmanager
-def stopping(project: Project) -> Iterator[subprocess.Popen[str]]:
+def stopping(project: NodeProject) -> Iterator[subprocess.Popen[str]]:
     """The command that stops a worker, from when it waits for that."""
     command = ["pipeline-app", "stage", "stop", *FIRST]
     with subprocess.Popen(
@@ -74,7 +75,7 @@ def stopping(project: Project) -> Iterator[subprocess.Popen[str]]:
         yield started
 
 
-def stage(project: Project, command: str, *arguments: str, code: int = 0) -> dict[str, Any]:
+def stage(project: NodeProject, command: str, *arguments: str, code: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = project.json("stage", command, *FIRST, *arguments, code=code, timeout=120)
     assert set(found) == DONE
     assert all(set(row) == SHOWN for name in ("started", "stopped", "left") for row in found[name])
@@ -82,7 +83,7 @@ def stage(project: Project, command: str, *arguments: str, code: int = 0) -> dic
     return found
 
 
-def test_workers_from_start_to_stop(project: Project) -> None:
+def test_workers_from_start_to_stop(project: NodeProject) -> None:
     # Given a run with jobs of two kinds
     project.seed("r1", [*jobs(4), *jobs(4, "b")])
 
@@ -127,7 +128,7 @@ def test_workers_from_start_to_stop(project: Project) -> None:
     assert project.cli("stage", "stop", *FIRST).returncode == 1
 
 
-def test_what_cannot_be_meant_starts_nothing(project: Project) -> None:
+def test_what_cannot_be_meant_starts_nothing(project: NodeProject) -> None:
     # Given a run
     project.seed("r1", jobs(1))
 
@@ -147,7 +148,7 @@ def test_what_cannot_be_meant_starts_nothing(project: Project) -> None:
     assert project.json("services")["workers"] == []
 
 
-def test_a_worker_that_cannot_start(project: Project) -> None:
+def test_a_worker_that_cannot_start(project: NodeProject) -> None:
     """Given code that fails in a worker, then the command says so with the end of the log, and old workers go on."""
     project.seed("r1", jobs(1))
     old = stage(project, "start", *THREADS)["started"][0]
@@ -163,7 +164,7 @@ def test_a_worker_that_cannot_start(project: Project) -> None:
     assert alive(old["pid"])
 
 
-def test_stopping_waits_for_what_runs(project: Project) -> None:
+def test_stopping_waits_for_what_runs(project: NodeProject) -> None:
     # Given a worker that was started by hand, in the middle of a handler
     wait_for_go(project)
     project.seed("r1", jobs(1))
@@ -184,7 +185,7 @@ def test_stopping_waits_for_what_runs(project: Project) -> None:
     assert [row["outcome"] for row in project.json("attempts", "r1", "--stage", "first")] == ["ok"]
 
 
-def test_a_worker_of_several_stages_is_stopped_only_by_its_name(project: Project) -> None:
+def test_a_worker_of_several_stages_is_stopped_only_by_its_name(project: NodeProject) -> None:
     project.seed("r1", jobs(1))
     with project.worker("-Q", "demo.first,demo.second") as worker:
         done = project.cli("stage", "stop", *FIRST)
@@ -196,10 +197,10 @@ def test_a_worker_of_several_stages_is_stopped_only_by_its_name(project: Project
         assert worker.process.wait(10) == 0
 
 
-def test_workers_that_no_new_one_would_be_like_are_left_alone(project: Project) -> None:
+def test_workers_that_no_new_one_would_be_like_are_left_alone(project: NodeProject) -> None:
     """Given workers of an own task's queue, too, and of one partition, then neither is replaced or scaled away."""
     project.seed("r1", jobs(1))
-    with project.worker("-Q", "demo.first,celery"), project.worker("-Q", "demo.first.kind__a"):
+    with project.node("-Q", "demo.first,celery"), project.node("-Q", "demo.first.kind__a"):
         done = project.cli("stage", "replace", *FIRST, "--dry-run")
         assert done.returncode == 1
         assert "runs celery, too, and is left alone" in done.stderr
@@ -210,7 +211,7 @@ def test_workers_that_no_new_one_would_be_like_are_left_alone(project: Project) 
         assert status == {"first": 2, "second": 0, "third": 0}
 
 
-def test_going_down_gives_back_what_takes_too_long(project: Project) -> None:
+def test_going_down_gives_back_what_takes_too_long(project: NodeProject) -> None:
     """Given a detached worker and a handler that does not end, when all is stopped, then the job has lost nothing."""
     project.seed("r1", jobs(1, sleep_s=600))
     stage(project, "start", *THREADS)
@@ -224,7 +225,7 @@ def test_going_down_gives_back_what_takes_too_long(project: Project) -> None:
     assert project.json("attempts", "r1") == []
 
 
-def test_stopping_now_gives_back_what_runs(project: Project) -> None:
+def test_stopping_now_gives_back_what_runs(project: NodeProject) -> None:
     # Given a handler that takes long
     project.seed("r1", jobs(1, sleep_s=60))
     with project.worker("-Q", "demo.first", pool="prefork", concurrency=1) as worker:
@@ -241,7 +242,7 @@ def test_stopping_now_gives_back_what_runs(project: Project) -> None:
     assert project.cli("stage", "stop", *FIRST, "--worker", name, "--workers", "1").returncode == 2
 
 
-def test_replacing_under_load_loses_nothing(project: Project) -> None:
+def test_replacing_under_load_loses_nothing(project: NodeProject) -> None:
     # Given two workers with work
     project.seed("r1", jobs(60, sleep_s=0.2))
     old = stage(project, "start", "--workers", "2", "--skip", "kind=b", *THREADS)["started"]
@@ -266,7 +267,7 @@ def test_replacing_under_load_loses_nothing(project: Project) -> None:
     assert project.json("run", "verify", "r1")["ok"]
 
 
-def test_scaling_starts_or_stops_the_difference(project: Project) -> None:
+def test_scaling_starts_or_stops_the_difference(project: NodeProject) -> None:
     # Given one worker with a selector
     project.seed("r1", jobs(1))
     stage(project, "start", "--select", "kind=a", *THREADS)
@@ -288,7 +289,7 @@ def test_scaling_starts_or_stops_the_difference(project: Project) -> None:
     assert {row["state"] for row in records(project).values()} == {"stopped"}
 
 
-def test_two_who_start_at_once_never_give_a_name_twice(project: Project) -> None:
+def test_two_who_start_at_once_never_give_a_name_twice(project: NodeProject) -> None:
     project.seed("r1", jobs(1))
 
     with ThreadPoolExecutor() as pool:
@@ -299,7 +300,7 @@ def test_two_who_start_at_once_never_give_a_name_twice(project: Project) -> None
     assert len({row["pid"] for one in found for row in one["started"]}) == 4
 
 
-def test_who_is_interrupted_only_stops_waiting(project: Project) -> None:
+def test_who_is_interrupted_only_stops_waiting(project: NodeProject) -> None:
     # Given a worker in the middle of a handler
     wait_for_go(project)
     project.seed("r1", jobs(1))
@@ -320,7 +321,7 @@ def test_who_is_interrupted_only_stops_waiting(project: Project) -> None:
     assert [line["outcome"] for line in project.json("attempts", "r1", "--stage", "first")] == ["ok"]
 
 
-def test_dry_runs_change_nothing(project: Project) -> None:
+def test_dry_runs_change_nothing(project: NodeProject) -> None:
     # Given a worker
     project.seed("r1", jobs(1))
     stage(project, "start", *THREADS)
@@ -351,3 +352,53 @@ def test_dry_runs_change_nothing(project: Project) -> None:
     found = stage(project, "replace", "--dry-run")
     assert (names(found["started"]), found["started"][0]["pid"]) == ([f"demo.first-2@{HOST}"], None)
     assert names(found["stopped"]) == [f"demo.first-1@{HOST}"]
+
+
+def test_a_worker_that_begins_anew_is_the_same_worker(project: NodeProject) -> None:
+    # Given a detached worker that is to begin anew after ten jobs, and as many jobs
+    project.seed("r1", jobs(10))
+    (row,) = stage(project, "start", "--max-jobs", "10", *THREADS)["started"]
+    store = project.runtime().store.db.workers
+
+    # When they are done, then it begins anew: another record of the same worker, in the same process and log
+    eventually(lambda: store.count_documents({}) == 2, timeout=60)
+    found = list(store.find().sort("started_at", 1))
+    assert [one["state"] for one in found] == ["stopped", "running"]
+    assert {(one["worker"], one["pid"], one["log"]) for one in found} == {(row["worker"], row["pid"], row["log"])}
+    assert "recycling, it has run 10 jobs" in Path(row["log"]).read_text()
+    (listed,) = project.json("services")["workers"]
+    assert (listed["worker"], listed["pid"]) == ("demo.first-1", row["pid"])
+
+    # And it goes on with what comes
+    project.seed("r1", jobs(4, "b"), init=False)
+    eventually(lambda: len(project.calls()) == 14)
+    assert Counter(line.split()[1] for line in project.calls()).most_common(1)[0][1] == 1
+    assert {line.split()[3] for line in project.calls()} == {str(row["pid"])}
+
+    # And when it is stopped, it stops for good
+    (stopped,) = stage(project, "stop")["stopped"]
+    assert (stopped["worker"], stopped["pid"]) == (row["worker"], row["pid"])
+    assert not alive(row["pid"])
+    assert store.count_documents({}) == 2
+    assert project.json("services")["workers"] == []
+
+
+def test_a_new_worker_begins_anew_as_the_old_one_did(project: NodeProject) -> None:
+    """Given a worker with such options, when it is replaced, then the new one has them but for what is said anew."""
+    project.seed("r1", jobs(1))
+    stage(project, "start", "--max-age", "12h", "--max-jobs", "1000", *THREADS)
+
+    (new,) = stage(project, "replace", "--max-jobs", "2000", "--max-memory", "2 GB")["started"]
+
+    words = psutil.Process(new["pid"]).cmdline()
+    assert [word for word in words if word.startswith("--max")] == [
+        "--max-jobs=2000",
+        "--max-age=12h",
+        "--max-memory=2 GB",
+    ]
+    # And what no worker could read is refused before any is started
+    for command in ("start", "replace", "scale"):
+        done = project.cli("stage", command, *FIRST, "--workers", "2", "--max-age", "soon")
+        assert done.returncode == 2
+        assert "'--max-age': not a duration: 'soon'" in done.stderr
+    assert [row["pid"] for row in project.json("services")["workers"]] == [new["pid"]]

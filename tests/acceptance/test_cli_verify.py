@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.project import Project
+from tests.nodes import NodeProject
 
 
-def break_run(project: Project) -> None:
+def break_run(project: NodeProject) -> None:
     """A run of three jobs: one is gone for good, one lost its message, a count is wrong."""
     project.seed("r1", [{"job_id": f"j{n}", "payload": {"n": n}, "tags": {"kind": str(n)}} for n in range(3)])
     db = project.runtime().store.db
@@ -19,12 +19,12 @@ def break_run(project: Project) -> None:
     db.run_counters.update_one({"run": "r1"}, {"$inc": {"completed": 4}})
 
 
-def state_of(project: Project) -> dict[str, Any]:
+def state_of(project: NodeProject) -> dict[str, Any]:
     db = project.runtime().store.db
     return {name: list(db[name].find().sort("_id", 1)) for name in sorted(db.list_collection_names())}
 
 
-def test_repairing_says_what_it_does_and_what_is_left(project: Project) -> None:
+def test_repairing_says_what_it_does_and_what_is_left(project: NodeProject) -> None:
     # Given a run with problems of which one cannot be repaired
     break_run(project)
 
@@ -51,14 +51,14 @@ def test_repairing_says_what_it_does_and_what_is_left(project: Project) -> None:
     assert "1 problem in run r1" in done.stderr
 
     # And the others get through
-    with project.worker():
+    with project.node():
         project.json("run", "wait", "r1", "--timeout", "30")
     found = project.json("run", "verify", "r1", "--repair", code=1)
     assert (found["states"]["terminal"], found["repaired"], found["repairs"]) == (2, 0, {})
     assert [(row["kind"], row["job_id"]) for row in found["problems"]] == [("lost", "j0")]
 
 
-def test_a_run_that_can_be_repaired_is_exit_code_0(project: Project) -> None:
+def test_a_run_that_can_be_repaired_is_exit_code_0(project: NodeProject) -> None:
     # Given a run whose counters are wrong
     project.seed("r1", [{"job_id": "j0", "payload": {"n": 0}}])
     project.runtime().store.db.run_counters.update_one({"run": "r1"}, {"$inc": {"states.pending": 9}})
@@ -75,7 +75,7 @@ def test_a_run_that_can_be_repaired_is_exit_code_0(project: Project) -> None:
     )
 
 
-def test_wrong_usage(project: Project) -> None:
+def test_wrong_usage(project: NodeProject) -> None:
     # A dry run of nothing is a mistake, and so is a run that is not there
     done = project.cli("run", "verify", "r1", "--dry-run", "--json")
     assert (done.returncode, json.loads(done.stderr)["error"]["code"]) == (2, "usage")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -21,7 +22,8 @@ import yaml
 
 from handlers.survey import survey
 from pipeline_app.domain.partition import queue_name
-from tests.project import REPOSITORY, Project
+from tests.nodes import NodeProject
+from tests.project import REPOSITORY
 
 SYSTEMD = REPOSITORY / "docs" / "deploy" / "systemd"
 KUBERNETES = REPOSITORY / "docs" / "deploy" / "kubernetes"
@@ -101,7 +103,7 @@ def started_by_systemd(instance: str) -> tuple[list[str], dict[str, str]]:
     return shlex.split(line), env
 
 
-def test_a_worker_as_systemd_starts_and_stops_it(project: Project) -> None:
+def test_a_worker_as_systemd_starts_and_stops_it(project: NodeProject) -> None:
     """Given the unit's own command, then its stage runs; at the unit's signal it ends well, and in time."""
     words, env = started_by_systemd("demo.first")
     section = service("pipeline-worker@.service")
@@ -217,7 +219,47 @@ def test_pods_have_no_rights(deployment: dict[str, Any]) -> None:
     assert spec["securityContext"]["runAsUser"] == int(user[1])
 
 
-def test_a_worker_as_kubernetes_starts_and_stops_it(project: Project) -> None:
+def policies_of(deployment: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the NetworkPolicies that choose its pods say."""
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    found = [policy["spec"] for policy in of_kind("NetworkPolicy")]
+    assert all(set(spec["podSelector"]) == {"matchLabels"} for spec in found)
+    return [spec for spec in found if spec["podSelector"]["matchLabels"].items() <= labels]
+
+
+def ports(rules: list[dict[str, Any]]) -> set[tuple[str, int | str]]:
+    """What these rules let through; a rule without ports would let through all."""
+    assert all(rule["ports"] for rule in rules)
+    return {(port["protocol"], port["port"]) for rule in rules for port in rule["ports"]}
+
+
+@pytest.mark.parametrize("deployment", of_kind("Deployment"), ids=lambda row: row["metadata"]["name"])
+def test_nobody_reaches_a_pod_but_where_it_is_meant(deployment: dict[str, Any]) -> None:
+    """Given a workload, then a policy covers it, and lets in only whom it names, at ports that the pod opens."""
+    found = [spec for spec in policies_of(deployment) if "Ingress" in spec["policyTypes"]]
+    assert found
+    opened = {
+        ("TCP", port["name"]) for container in spec_of(deployment)["containers"] for port in container.get("ports", [])
+    }
+    for spec in found:
+        rules = spec.get("ingress", [])
+        assert ports(rules) <= opened
+        # Without "from" it would be everybody.
+        assert all(rule["from"] for rule in rules)
+        assert all(source["podSelector"]["matchLabels"] for rule in rules for source in rule["from"])
+
+
+def test_flower_reaches_its_services_and_nothing_else() -> None:
+    """Given the addresses in the Secret, then Flower may connect to their ports, over TLS, too, and ask for names."""
+    (deployment,) = of_kind("Deployment", "flower.yaml")
+    rules = [rule for spec in policies_of(deployment) if "Egress" in spec["policyTypes"] for rule in spec["egress"]]
+    addresses = next(row["stringData"] for row in of_kind("Secret") if row["metadata"]["name"] == "pipeline-addresses")
+    broker = urlsplit(addresses["AMQP_URL"]).port
+    assert not re.search(r":\d", addresses["MONGODB_URL"].rpartition("@")[2]), "MongoDB's own port"
+    assert ports(rules) == {("TCP", broker), ("TCP", 5671), ("TCP", 27017), ("UDP", 53), ("TCP", 53)}
+
+
+def test_a_worker_as_kubernetes_starts_and_stops_it(project: NodeProject) -> None:
     """Given a pod's own command, then its stage runs, its probe says so, and at SIGTERM it ends well, and in time."""
     (deployment,) = of_kind("Deployment", "worker-load.yaml")
     spec = spec_of(deployment)
@@ -237,7 +279,7 @@ def test_a_worker_as_kubernetes_starts_and_stops_it(project: Project) -> None:
 
 
 @contextmanager
-def works(project: Project, words: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def works(project: NodeProject, words: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A worker of that command line that has run its stage for a job."""
     path = project.folder / "deployed.log"
     with path.open("wb") as log:

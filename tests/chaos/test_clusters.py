@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.clusters import RabbitCluster, ReplicaSet, rabbit_cluster, replica_set
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
 from tests.services import TestServices
+from tests.worker import Worker
 
 JOBS = int(os.environ.get("CLUSTER_JOBS", "1500"))
 KILLS = int(os.environ.get("CLUSTER_KILLS", "2"))

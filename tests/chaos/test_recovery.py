@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.driver.services import Services, own_services
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 JOBS = 8
 

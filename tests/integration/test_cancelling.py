@@ -43,7 +43,8 @@ from tests.integration.helpers import (
 )
 from tests.integration.test_sweep_runs import abandoned
 from tests.integration.worker_run import held
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 
 def flaky(n: int) -> int:

@@ -23,7 +23,8 @@ from pipeline_app.transport.publisher import Envelope
 from pipeline_app.transport.topology import named_queue
 from tests.integration.helpers import double, pipeline
 from tests.integration.proxy import MongoProxy, Proxy
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 #: How long services are gone where the cost of waiting is measured: longer than a lease.
 AWAY_S = 15.0

@@ -22,7 +22,8 @@ from pipeline_app.transport.depth import depths
 from pipeline_app.transport.topology import EXCHANGE, PARKED_EXCHANGE, named_queue
 from tests.integration.helpers import prove
 from tests.integration.worker_run import STAGES, items, make_run, wait
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 QUEUE = "demo.first"
 #: A hint of ours in every respect, but for a message that there never was: it is dropped.

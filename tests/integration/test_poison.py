@@ -19,7 +19,8 @@ from pipeline_app.runtime import Runtime
 from tests.integration.helpers import attempts, job, outcomes, prove
 from tests.integration.test_alone import is_gone, suspect
 from tests.integration.worker_run import add, held, items, make_run, wait
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 PATIENCE_S = 200.0
 

@@ -188,7 +188,7 @@ paging.PAGE = 10
 rt = seeder_runtime(*sys.argv[1:3])
 
 def lines():
-    for n in range(1000):
+    for n in range(400):
         if n == 105:
             print("under way", flush=True)
             time.sleep(60)
@@ -228,14 +228,14 @@ def test_a_seeder_that_was_killed_is_gone_on_with(project: Project, rt: Runtime,
     pump(rt)
     assert by_state(rt) == ({"pending": there} if whole else {"terminal": there})
 
-    done = seeding.seed(rt, "r", lines(1000), whole=whole, skip_existing=True)
+    done = seeding.seed(rt, "r", lines(400), whole=whole, skip_existing=True)
 
-    assert (done.added, done.skipped) == (1000 - there, there)
+    assert (done.added, done.skipped) == (400 - there, there)
     assert len(manifests.batches(rt.store, "r", "closed")) == 2
     pump(rt)
-    prove(rt, terminal=1000)
+    prove(rt, terminal=400)
     assert status(rt, "r").state == "complete"
-    assert sorted(row["result"] for row in results(rt, "r")) == [2 * n for n in range(1000)]
+    assert sorted(row["result"] for row in results(rt, "r")) == [2 * n for n in range(400)]
 
 
 def test_a_cancelled_run_takes_no_jobs(rt: Runtime) -> None:

@@ -12,7 +12,8 @@ from pipeline_app.runtime import Runtime
 from pipeline_app.transport.depth import depths
 from tests.integration.helpers import attempts, job, outcomes, prove
 from tests.integration.worker_run import add, held, items, make_run, wait
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 POOLS = ["prefork", "threads", "gevent", "solo"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT]

@@ -31,7 +31,8 @@ from tests.integration.helpers import (
 )
 from tests.integration.proxy import MongoProxy
 from tests.integration.test_alone import suspect
-from tests.project import Project, Worker, eventually
+from tests.project import Project, eventually
+from tests.worker import Worker
 
 POOLS = ["prefork", "threads", "gevent", "solo"]
 

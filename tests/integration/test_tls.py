@@ -14,8 +14,9 @@ from pipeline_app.errors import BrokerError, UsageError
 from pipeline_app.transport import tls
 from pipeline_app.transport.depth import depths
 from tests.integration.secured import Keys, make_keys, tls_mongod, tls_rabbitmq
-from tests.project import Project, Worker
+from tests.project import Project
 from tests.services import TestServices
+from tests.worker import Worker
 
 
 @dataclass(frozen=True, kw_only=True)

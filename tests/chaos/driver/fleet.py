@@ -18,7 +18,8 @@ import psutil
 
 from tests.chaos.driver.journal import Journal
 from tests.integration.proxy import Proxy
-from tests.project import Project, Worker
+from tests.project import Project
+from tests.worker import Worker
 
 #: A worker that does not consume by then has failed to start.
 START_S = 120.0
