@@ -79,6 +79,8 @@ class Transition:
     step: Step | None = None
     #: Turns that jobs of `new_jobs` and `moves` come to wait for.
     wake: set[str] = field(default_factory=set)
+    #: The same, of jobs that never had them: who is the next of those that wait stays so.
+    join: set[str] = field(default_factory=set)
     #: Turns that jobs of `moves` are given, or that nobody waits for any more.
     passes: list[Pass] = field(default_factory=list)
     #: `_id`s of jobs at rest that had them.
@@ -100,6 +102,7 @@ class Transition:
                 self.counts[place][key] += number
         self.manifest_flags.update(other.manifest_flags)
         self.wake |= other.wake
+        self.join |= other.join
 
 
 class NotFittingError(Exception):
@@ -224,7 +227,7 @@ def _go_on(store: Store, session: Session, plan: Transition) -> None:
 
 
 def _take_turns(store: Store, session: Session, plan: Transition) -> None:
-    turns.wake(store, session, plan.wake, plan.now)
+    turns.wake(store, session, plan.wake, plan.join, plan.now)
     moved_on = turns.carry_out(store, session, plan.passes)
     if moved_on:
         raise NotFittingError(turns=moved_on)

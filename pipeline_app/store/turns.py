@@ -2,7 +2,8 @@
 
     _id, run     of the key in its run
     holder       the job that was given the turn last
-    version      another one whenever anything of this changes
+    version      another one whenever it is given, or jobs that may have had it came to wait for it
+    joined       another one whenever only jobs came to wait for it that never had it; not there before the first
     due          since when somebody should look at it: jobs came to wait
 
 and in `job_states`
@@ -15,6 +16,9 @@ Two promises rest on how these are written:
 
 - One at a time: a job is given the turn only if the document is as it was (its `version`) when the job before was seen
   to be at rest. Whoever lets a job at rest go on again makes it wait like any other, and so makes another version.
+  New jobs change nothing about that, and make none: seeded page after page, they would outdate every look. Only
+  that nobody waits is outdated by them (`joined`), and their page and a pass that meet on the document come one after
+  the other.
 - Nothing is stuck: whoever makes a job wait makes its turn due in the same transaction, and it is due until a look
   that found that version found somebody having the turn. And a job at rest that still has its turn is in an index.
 
@@ -39,9 +43,10 @@ class Pass:
     """A turn that is passed on."""
 
     turn: str
-    #: As it was when it was looked at.
+    #: As they were when it was looked at.
     version: ObjectId
-    #: `_id` of the job that gets it; None if no job waits: then the document goes.
+    joined: ObjectId | None
+    #: `_id` of the job that gets it; None if no job waits: then the document goes, unless others joined.
     holder: str | None
 
 
@@ -119,28 +124,25 @@ def not_queued(store: Store, keys: Sequence[str], batch: str) -> list[Document]:
 # Parts of a transition
 
 
-def wake(store: Store, session: Session, ids: Collection[str], now: datetime) -> None:
-    """Jobs come to wait for these turns in this very transaction."""
-    if not ids:
-        return
+def wake(store: Store, session: Session, ids: Collection[str], new: Collection[str], now: datetime) -> None:
+    """Jobs come to wait for these turns in this very transaction; for those only in `new`, jobs that never had it."""
     # In one order: of two who wake the same ones at the same time, one waits for the other at the first.
-    updates = [
-        UpdateOne(
-            {"_id": turn},
-            {
-                "$min": {"due": now},
-                "$set": {"version": ObjectId()},
-                "$setOnInsert": {"run": turn.partition("/")[0], "holder": None},
-            },
-            upsert=True,
-        )
-        for turn in sorted(ids)
-    ]
-    store.db.turns.bulk_write(updates, ordered=False, session=session)
+    updates = [_wake(turn, now, back=turn in ids) for turn in sorted({*ids, *new})]
+    if updates:
+        store.db.turns.bulk_write(updates, ordered=False, session=session)
+
+
+def _wake(turn: str, now: datetime, *, back: bool) -> UpdateOne:
+    change: Document = {"version": ObjectId()} if back else {"joined": ObjectId()}
+    made: Document = {"run": turn.partition("/")[0], "holder": None, **({} if back else {"version": ObjectId()})}
+    return UpdateOne({"_id": turn}, {"$min": {"due": now}, "$set": change, "$setOnInsert": made}, upsert=True)
 
 
 def carry_out(store: Store, session: Session, passes: Sequence[Pass]) -> frozenset[str]:
-    """Pass turns on; returns those that are not as they were, in which case the transaction must not be committed."""
+    """Pass turns on; returns those that are not as they were, in which case the transaction must not be committed.
+
+    If that cannot be told, all of them.
+    """
     if not passes:
         return frozenset()
     result = store.db.turns.bulk_write(
@@ -149,12 +151,23 @@ def carry_out(store: Store, session: Session, passes: Sequence[Pass]) -> frozens
     if result.matched_count + result.deleted_count == len(passes):
         return frozenset()
     # Ask outside the transaction, where our own updates do not show.
-    found = {row["_id"]: row["version"] for row in store.db.turns.find({"_id": {"$in": [one.turn for one in passes]}})}
-    return frozenset(one.turn for one in passes if found.get(one.turn) != one.version)
+    found = {row["_id"]: row for row in store.db.turns.find({"_id": {"$in": [one.turn for one in passes]}})}
+    changed = frozenset(one.turn for one in passes if not _is_as_it_was(one, found.get(one.turn)))
+    # What changed may show on one side only: to the transaction, or to us.
+    return changed or frozenset(one.turn for one in passes)
+
+
+def _is_as_it_was(one: Pass, row: Document | None) -> bool:
+    return row is not None and all(row.get(name) == value for name, value in _as_it_was(one).items())
+
+
+def _as_it_was(one: Pass) -> Document:
+    same: Document = {"_id": one.turn, "version": one.version}
+    # That a job comes first is true whoever joined since; that nobody waits is not.
+    return same | {"joined": one.joined} if one.holder is None else same
 
 
 def _update(one: Pass) -> UpdateOne | DeleteOne:
-    as_it_was = {"_id": one.turn, "version": one.version}
     if one.holder is None:
-        return DeleteOne(as_it_was)
-    return UpdateOne(as_it_was, {"$set": {"holder": one.holder, "version": ObjectId()}, "$unset": {"due": ""}})
+        return DeleteOne(_as_it_was(one))
+    return UpdateOne(_as_it_was(one), {"$set": {"holder": one.holder, "version": ObjectId()}, "$unset": {"due": ""}})

@@ -20,7 +20,8 @@ from pipeline_app.domain.states import JobState
 from pipeline_app.errors import DuplicateJobError, StoreError
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, manifests, turns
-from pipeline_app.store.client import Document
+from pipeline_app.store.client import Document, Session, Store
+from pipeline_app.store.turns import Pass
 from tests.integration.helpers import (
     backdate,
     by_state,
@@ -150,19 +151,94 @@ def between(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object
     monkeypatch.setattr(turns, name, ask)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_job_that_comes_when_nobody_waits_any_more(
-    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch
+    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     """Given a job that is added between the look for the next and the end of the turn, then it is not forgotten."""
     seeding.seed(rt, "r", keyed("a", 1))
     ordering.give_turns(rt)
     pump(rt)
-    between(monkeypatch, "first", lambda: seeding.seed(rt, "r", keyed("a", 2)[1:]))
+    between(monkeypatch, "first", lambda: seeding.seed(rt, "r", keyed("a", 2)[1:], whole=whole))
 
     go(rt)
 
     assert diary.entries == in_order("a0", "a1")
     prove(rt, terminal=2)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_page_that_is_added_while_the_next_is_chosen(
+    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Given a page between the look for the next and its turn, then the turn is given all the same, in order."""
+    rows = keyed("a", 4)
+    seeding.seed(rt, "r", rows[:1])
+    between(monkeypatch, "first", lambda: seeding.seed(rt, "r", rows[1:2], whole=whole))
+    ordering.give_turns(rt)
+    assert states(rt, "a0", "a1") == ["pending", "waiting"]
+    pump(rt)
+
+    between(monkeypatch, "first", lambda: seeding.seed(rt, "r", rows[2:], whole=whole))
+    ordering.give_turns(rt)
+
+    assert states(rt, "a0", "a1", "a2", "a3") == ["terminal", "pending", "waiting", "waiting"]
+    go(rt)
+    assert diary.entries == in_order("a0", "a1", "a2", "a3")
+    prove(rt, terminal=4)
+
+
+def test_a_page_that_is_under_way_while_a_turn_is_passed_on(
+    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a page whose transaction is open when the next job gets the turn, then that goes right after the page."""
+    seeding.seed(rt, "r", keyed("a", 1))
+    wake, pass_on = turns.wake, turns.carry_out
+    woken, met = threading.Event(), threading.Event()
+    tries: list[str] = []
+
+    def wake_and_wait(store: Store, session: Session, ids: Any, new: Any, now: Any) -> None:
+        wake(store, session, ids, new, now)
+        if new:
+            woken.set()
+            assert met.wait(30)
+
+    def pass_on_again(store: Store, session: Session, passes: Any) -> frozenset[str]:
+        if tries:
+            met.set()
+        tries.append("tried")
+        return pass_on(store, session, passes)
+
+    monkeypatch.setattr(turns, "wake", wake_and_wait)
+    seeder = threading.Thread(target=seeding.seed, args=(rt, "r", keyed("a", 2)[1:]))
+
+    def begin_a_page() -> None:
+        seeder.start()
+        assert woken.wait(30)
+        monkeypatch.setattr(turns, "carry_out", pass_on_again)
+
+    between(monkeypatch, "first", begin_a_page)
+    ordering.give_turns(rt)
+    seeder.join(30)
+
+    assert len(tries) > 1
+    assert states(rt, "a0", "a1") == ["pending", "waiting"]
+    go(rt)
+    assert diary.entries == in_order("a0", "a1")
+    prove(rt, terminal=2)
+
+
+def test_a_turn_that_changed_for_the_transaction_alone(rt: Runtime) -> None:
+    """Given a change of a turn that only the transaction sees, then it is not taken for passed on."""
+    seeding.seed(rt, "r", keyed("a", 1))
+    [row] = turns.due(rt.store, 10)
+    goes = Pass(turn="r/a", version=row["version"], joined=row["joined"], holder="r/a0")
+
+    def pass_on(session: Session) -> frozenset[str]:
+        turns.wake(rt.store, session, {"r/a"}, (), rt.store.now())
+        return turns.carry_out(rt.store, session, [goes])
+
+    assert rt.store.transaction(pass_on) == {"r/a"}
 
 
 def test_an_earlier_job_that_comes_back_while_the_next_is_chosen(

@@ -68,8 +68,8 @@ class Free:
     """A turn that can be passed on."""
 
     turn: str
-    #: None if there is no such turn: then there is only the job that says that it has it.
-    version: Any = None
+    #: As it was; None if there is no such turn: then there is only the job that says that it has it.
+    given: Document | None
     #: `_id`s of jobs at rest that have it.
     over: Sequence[str] = ()
 
@@ -94,13 +94,13 @@ def _look(rt: Runtime) -> Look:
         given = found.get(turn)
         holder = None if given is None else holders.get(given["holder"])
         if given is None or holder is None:
-            look.free[run].append(Free(turn=turn, version=given and given["version"], over=over[turn]))
+            look.free[run].append(Free(turn=turn, given=given, over=over[turn]))
         elif _has_it(holder):
             settled[turn] = given["version"]
         elif not _runs_on(holder, running):
             # The holder also if it was not at rest yet when those were asked for.
             had = sorted({*over[turn], holder["_id"]})
-            look.free[run].append(Free(turn=turn, version=given["version"], over=had))
+            look.free[run].append(Free(turn=turn, given=given, over=had))
     turns.settle(rt.store, settled)
     look.is_full = len(rested) >= PAGE or len(due) == PAGE
     return look
@@ -132,10 +132,11 @@ def _pass_on(rt: Runtime, run: str, free: Sequence[Free]) -> None:
         whole = Transition(now=rt.store.now())
         for one in left.values():
             whole.turns_over.extend(one.over)
-            if one.version is not None:
+            if one.given is not None:
                 holder = first[one.turn]["_id"] if one.turn in first else None
-                whole.passes.append(Pass(turn=one.turn, version=one.version, holder=holder))
-        chosen = [first[turn] for turn, one in left.items() if turn in first and one.version is not None]
+                was = {"version": one.given["version"], "joined": one.given.get("joined")}
+                whole.passes.append(Pass(turn=one.turn, holder=holder, **was))
+        chosen = [first[turn] for turn, one in left.items() if turn in first and one.given is not None]
         if plan is not None:
             _let_go(rt, plan, whole, chosen)
         try:

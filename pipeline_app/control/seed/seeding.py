@@ -204,7 +204,7 @@ class _Batch:
             manifests.note_keyed(self.rt.store, self.id)
             self._keyed = True
         whole = Transition(worker=SEED_PREFIX + self.id, now=now, new_jobs=documents)
-        whole.wake.update(row["queues_for"] for row in documents if "queues_for" in row)
+        whole.join.update(row["queues_for"] for row in documents if "queues_for" in row)
         groups: dict[str, list[Document]] = defaultdict(list)
         for row in documents:
             place = (self.plan.run, row["stage"], row["partition"])
@@ -299,7 +299,7 @@ def _queue_up(rt: Runtime, batch: Document) -> None:
         keys = [job_key(batch["run"], job_id) for job_id in event["jobs"]]
         while rows := turns.not_queued(rt.store, keys, batch["_id"]):
             whole = Transition(now=rt.store.now())
-            whole.moves, whole.wake = queue_up(rows)
+            whole.moves, whole.join = queue_up(rows)
             try:
                 with rt.counting() as whole.worker:
                     transition.apply(rt.store, whole)
