@@ -6,6 +6,7 @@ With `--minutes` and no numbers, faults of every kind come for as long.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -18,6 +19,8 @@ from tests.chaos.driver.schedule import KINDS, Plan, mixed, numbered
 
 def main() -> int:
     arguments = _arguments()
+    # Told to stop, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     numbers = {kind.replace("-", "_"): getattr(arguments, kind.replace("-", "_")) for kind in KINDS}
     faults = numbered(**numbers) or (mixed() if arguments.minutes else ())
     if arguments.every:

@@ -16,8 +16,8 @@ from tests.chaos.driver.load import RUN, job_line
 
 #: Jobs that are added together, in a batch of their own.
 PAGE = 100
-#: As many are on their way at most.
-BACKLOG = 400
+#: As many are on their way at most: more than wait for the leases of killed workers.
+BACKLOG = 2000
 
 
 class Seeder:
