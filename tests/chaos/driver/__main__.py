@@ -31,6 +31,7 @@ def main() -> int:
         seconds=arguments.minutes * 60 if arguments.minutes else None,
         seed=arguments.seed,
         pause_s=arguments.pause,
+        times=arguments.times,
     )
     say(f"seed {plan.seed}, {plan.jobs:,} jobs, {plan.members} mongod, {len(plan.workers)} workers; {plan.faults}")
     if arguments.folder is not None:
@@ -55,6 +56,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="how long faults of every kind come")
     parser.add_argument("--every", type=float, help="seconds between two faults of one kind, in the mean")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds that a handler takes in the mean")
+    parser.add_argument("--times", type=int, default=1, help="messages carry so many times as many jobs")
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers")
     parser.add_argument("--folder", type=Path, help="a new folder that is kept, with logs and witness")
     return parser.parse_args()

@@ -90,7 +90,7 @@ def _project(folder: Path, services: TestServices) -> Project:
 
 
 def _load(plan: Plan, project: Project, services: Services | None, say: Say, rest_s: float) -> None:
-    project.json("run", "init", RUN, "--pipeline", "chaos")
+    project.json("run", "init", RUN, "--pipeline", "chaos", env={"CHAOS_TIMES": str(plan.times)})
     with ExitStack() as stack:
         journal = Journal(project.folder / "journal.jsonl")
         stack.callback(journal.close)
@@ -122,7 +122,11 @@ def _fleet(plan: Plan, project: Project, journal: Journal, say: Say) -> Iterator
     for kind in plan.workers:
         amqp = AmqpProxy(project.amqp_url, witness)
         proxies: dict[str, Proxy] = {"broker": amqp}
-        env = {"AMQP_URL": amqp.address(project.amqp_url), "CHAOS_VARIANT": plan.variant}
+        env = {
+            "AMQP_URL": amqp.address(project.amqp_url),
+            "CHAOS_VARIANT": plan.variant,
+            "CHAOS_TIMES": str(plan.times),
+        }
         if cuts_store:
             store = proxies["store"] = StoreProxy(project.mongodb_url)
             env["MONGODB_URL"] = store.address(project.mongodb_url)

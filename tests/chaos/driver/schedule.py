@@ -64,6 +64,8 @@ class Plan:
     workers: tuple[tuple[str, int], ...] = (("prefork", 2), ("threads", 3)) * 3
     #: How long a handler takes in the mean.
     pause_s: float = 0.05
+    #: Messages carry so many times as many jobs: less of the machine for each.
+    times: int = 1
     #: Environment of the workers: which variant of the product they run.
     variant: str = ""
 

@@ -10,6 +10,9 @@ from witness import execution
 
 from pipeline_app import Job, PermanentError, Pipeline, Retry, Stage
 
+#: Messages of the run carry so many times as many jobs.
+TIMES = int(os.environ.get("CHAOS_TIMES") or 1)
+
 if os.environ.get("CHAOS_VARIANT"):
     from broken import VARIANTS
 
@@ -41,9 +44,9 @@ def third(value: dict[str, Any], job: Job) -> dict[str, Any]:
 chaos = Pipeline(
     "chaos",
     stages=[
-        Stage(first, chunk=3, retry=Retry(attempts=3, backoff="0.2s")),
-        Stage(second, chunk=2, retry=Retry(attempts=3, backoff="0.2s")),
-        Stage(third, chunk=5, retry=Retry(attempts=3, backoff="0.2s")),
+        Stage(first, chunk=3 * TIMES, retry=Retry(attempts=3, backoff="0.2s")),
+        Stage(second, chunk=2 * TIMES, retry=Retry(attempts=3, backoff="0.2s")),
+        Stage(third, chunk=5 * TIMES, retry=Retry(attempts=3, backoff="0.2s")),
     ],
     partition_by=["kind"],
 )
