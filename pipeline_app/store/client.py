@@ -48,6 +48,12 @@ TRANSACTION_PATIENCE_S = 90.0
 APP_NAME = "pipeline_app"
 
 _DURABLE = WriteConcern("majority", j=True)
+
+
+class ContendedError(StoreError):
+    """Others write on the same documents all the time; nothing was done."""
+
+
 _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
 #: Codes of the server that mean "not you": not authorised, not authenticated.
 _REFUSED_CODES = {13, 18}
@@ -130,15 +136,16 @@ class Store:
         with pymongo.timeout(seconds):
             yield
 
-    def transaction(self, work: Callable[[Session], T]) -> T:
+    def transaction(self, work: Callable[[Session], T], *, patience_s: float = TRANSACTION_PATIENCE_S) -> T:
         """Run `work` as one transaction and commit it; it may be run several times.
 
         After a commit whose outcome is unknown `work` is run again: it must find out by itself that it was committed
         (the message is closed by its own token).
 
-        Raises StoreError when the store does not answer, or keeps refusing for TRANSACTION_PATIENCE_S.
+        Raises StoreError when the store does not answer; ContendedError when others write on the same documents for
+        `patience_s`.
         """
-        deadline = time.monotonic() + TRANSACTION_PATIENCE_S
+        deadline = time.monotonic() + patience_s
         with self.session() as session:
             while True:
                 try:
@@ -152,7 +159,7 @@ class Store:
                     if not _is_conflict(exc):
                         raise
                     if time.monotonic() > deadline:
-                        raise StoreError(f"a transaction met others for {TRANSACTION_PATIENCE_S:.0f} s") from exc
+                        raise ContendedError(f"a transaction met others for {patience_s:g} s") from exc
                     # Two records met on one document: one of them won, so there is progress; step aside briefly.
                     time.sleep(0.002)
 

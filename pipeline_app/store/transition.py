@@ -19,7 +19,7 @@ from pymongo.errors import BulkWriteError
 
 from pipeline_app.domain.states import AT_REST, JobState, MessageState
 from pipeline_app.store import turns
-from pipeline_app.store.client import Document, Session, Store
+from pipeline_app.store.client import TRANSACTION_PATIENCE_S, Document, Session, Store
 from pipeline_app.store.turns import Pass
 
 #: Counters of a seed batch are named by it, so that they can be taken back with it.
@@ -136,13 +136,13 @@ class DuplicateKeyFoundError(Exception):
         self.key = key
 
 
-def apply(store: Store, plan: Transition) -> None:
+def apply(store: Store, plan: Transition, *, patience_s: float = TRANSACTION_PATIENCE_S) -> None:
     """Carry the plan out, durably, whole or not at all.
 
-    Raises NotFittingError; OperationMovedOnError; DuplicateKeyFoundError; StoreError, after which it may have happened:
-    asking again is refused if it has.
+    Raises NotFittingError; OperationMovedOnError; DuplicateKeyFoundError; ContendedError, if others write on the same
+    documents for `patience_s`; StoreError, after which it may have happened: asking again is refused if it has.
     """
-    store.transaction(lambda session: _apply(store, session, plan))
+    store.transaction(lambda session: _apply(store, session, plan), patience_s=patience_s)
 
 
 def _apply(store: Store, session: Session, plan: Transition) -> None:

@@ -69,9 +69,11 @@ def options_in(address: str) -> dict[str, str]:
 def wrap(sock: socket.socket, given: Mapping[str, Any], host: str) -> ssl.SSLSocket:
     """TLS over a connection to this host by these options, as py-amqp does it for AMQP.
 
-    Raises UsageError for options that are not ours to understand, OSError.
+    Raises UsageError for options that are not ours to understand, UnicodeError for a name that is none, OSError.
     """
     found = options(given, host)
+    # Before anything else: wrapping takes the socket over, and leaves it open if it cannot read the name.
+    found["server_hostname"].encode("idna")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if "certfile" in found:
         context.load_cert_chain(found["certfile"], found.get("keyfile"))

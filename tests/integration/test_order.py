@@ -104,7 +104,6 @@ def test_a_job_that_is_not_at_rest_keeps_the_others_waiting(rt: Runtime, diary: 
     assert diary.of("delayed") == in_order("delayed0", "delayed1")
     holds.clear(rt, selector={"p": "x"}, at_once=True)
 
-
     def let_go() -> bool:
         hold_release.release_kept_by_nothing(rt)
         go(rt)

@@ -1,6 +1,5 @@
 """Order per key when several act at once, a process dies in the middle, or somebody meddles with the store."""
 
-
 from __future__ import annotations
 
 import threading
@@ -108,9 +107,7 @@ def test_a_batch_whose_closing_was_cut_short(rt: Runtime, diary: Diary, monkeypa
 
 
 @pytest.mark.usefixtures("small_pages")
-def test_a_seeding_that_goes_on_keeps_the_order(
-    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seeding_that_goes_on_keeps_the_order(rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a whole batch that was interrupted, when it is seeded on, then the jobs of before go first."""
 
     def dies() -> Iterator[dict[str, Any]]:
@@ -290,9 +287,7 @@ def test_a_job_that_comes_to_rest_during_the_look(rt: Runtime, diary: Diary, mon
     prove(rt, terminal=3)
 
 
-def test_a_look_that_is_overtaken_settles_nothing(
-    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_look_that_is_overtaken_settles_nothing(rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a turn that ends, goes and comes again while somebody looks at it, then who waits now is not forgotten."""
     seeding.seed(rt, "r", keyed("a", 1))
     ordering.give_turns(rt)
@@ -366,12 +361,52 @@ def test_two_who_lead_at_once(project: Project, rt: Runtime, chosen: Pipeline, d
     prove(rt, terminal=done["terminal"], cancelled=done["cancelled"])
 
 
-def test_a_turn_that_got_lost_is_found_and_mended(rt: Runtime, diary: Diary) -> None:
-    """Given a turn that somebody removed in MongoDB, then accounting names the jobs, and a repair brings them on."""
+def test_a_turn_that_somebody_removed_is_made_anew(rt: Runtime, diary: Diary) -> None:
+    """Given a turn that somebody removed in MongoDB while a job at rest had it, then the key goes on."""
     seeding.seed(rt, "r", keyed("a", 3))
     ordering.give_turns(rt)
     pump(rt)
     rt.store.db.turns.delete_many({})
+
+    go(rt)
+
+    assert diary.entries == in_order("a0", "a1", "a2")
+    prove(rt, terminal=3)
+
+
+def test_a_turn_that_is_there_by_now_stays_with_who_has_it(
+    rt: Runtime, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a leader that saw no turn, and acts when its holder has it again, then who waits is not forgotten."""
+    seeding.seed(rt, "r", keyed("a", 1))
+    ordering.give_turns(rt)
+    pump(rt)
+    rt.store.db.turns.delete_many({})
+
+    def a_whole_life() -> None:
+        go(rt)  # another leader ends the turn
+        carry_out(rt, start(rt, Selection(states=(JobState.TERMINAL,)))["operation"])
+        ordering.give_turns(rt)
+        seeding.seed(rt, "r", keyed("a", 2)[1:])
+        ordering.give_turns(rt)  # the turn is not due any more: a0 has it
+        pump(rt)
+
+    between(monkeypatch, "first", a_whole_life)
+    ordering.give_turns(rt)
+
+    go(rt)
+    assert states(rt, "a0", "a1") == ["terminal", "terminal"]
+    assert diary.entries == in_order("a0", "a0", "a1")
+    prove(rt, terminal=2)
+
+
+def test_a_turn_that_got_lost_is_found_and_mended(rt: Runtime, diary: Diary) -> None:
+    """Given a turn of which no trace is left, then accounting names the jobs, and a repair brings them on."""
+    seeding.seed(rt, "r", keyed("a", 3))
+    ordering.give_turns(rt)
+    pump(rt)
+    rt.store.db.turns.delete_many({})
+    rt.store.db.job_states.update_many({}, {"$unset": {"has_turn": ""}})
     ordering.give_turns(rt)
 
     found = verify(rt, "r")
@@ -381,6 +416,26 @@ def test_a_turn_that_got_lost_is_found_and_mended(rt: Runtime, diary: Diary) -> 
     go(rt)
     assert diary.entries == in_order("a0", "a1", "a2")
     prove(rt, terminal=3)
+
+
+def test_a_turn_that_others_write_on_all_the_time_keeps_up_no_others(rt: Runtime) -> None:
+    """Given one turn that somebody's transaction holds, then the others are passed on meanwhile, and it afterwards."""
+    keys = [f"k{number}" for number in range(8)]
+    seeding.seed(rt, "r", [row for key in keys for row in keyed(key, 1)])
+    firsts = [f"{key}0" for key in keys]
+    with rt.store.session() as session, session.start_transaction():
+        turns.wake(rt.store, session, {"r/k3"}, (), rt.store.now())
+
+        def all_but_one() -> bool:
+            ordering.give_turns(rt)
+            return states(rt, *firsts).count("pending") == len(keys) - 1
+
+        eventually(all_but_one)
+        assert states(rt, "k30") == ["waiting"]
+        session.abort_transaction()
+    ordering.give_turns(rt)
+    pump(rt)
+    prove(rt, terminal=len(keys))
 
 
 def test_a_lost_result_is_made_once_more_in_turn(rt: Runtime, diary: Diary) -> None:

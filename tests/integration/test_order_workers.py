@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import threading
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
 from pipeline_app.control import runs
-from pipeline_app.control.accounts.verify import verify
-from pipeline_app.control.seed import paging, seeding
+from pipeline_app.control.seed import seeding
 from pipeline_app.runtime import Runtime
 from tests.integration.helpers import prove
 from tests.project import Project
@@ -122,42 +118,3 @@ def test_two_thousand_jobs_of_fifty_keys(project: Project) -> None:
     print(f"from the end of a job to the start of the next: median {statistics.median(gaps):.3f} s")
     assert statistics.median(gaps) < 5.0
     prove(rt, terminal=KEYS * JOBS_OF_KEY)
-
-
-@pytest.mark.timeout(300)
-def test_keys_go_on_while_they_are_seeded_without_a_pause(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given few keys that small pages of jobs come for, one right after the other, then their jobs go meanwhile."""
-    keys, wanted, limit_s = 5, 5, 30.0
-    monkeypatch.setattr(paging, "PAGE", keys)
-    project.write("stages.py", STAGES)
-    project.json("run", "init", "r", "--pipeline", "demo")
-    rt = project.runtime()
-    begun, ended = threading.Event(), threading.Event()
-
-    def endless() -> Iterator[dict[str, Any]]:
-        n = 0
-        while not ended.is_set():
-            yield from ({"job_id": f"k{key}.{n}", "payload": n, "order_key": f"k{key}"} for key in range(keys))
-            n += 1
-
-    def at_rest() -> Counter[str]:
-        return Counter(row["order_key"] for row in rt.store.db.job_states.find({"state": "terminal"}))
-
-    seeder = threading.Thread(target=seeding.seed, args=(rt, "r", endless()), kwargs={"progress": lambda _: begun.set()})
-    with project.worker(pool="threads") as worker:
-        seeder.start()
-        try:
-            assert begun.wait(30)
-            # Until the worker is ready, and the first turns are given.
-            worker.wait_for(lambda: bool(read(project)), timeout=60)
-            since = time.monotonic()
-            worker.wait_for(lambda: len(done := at_rest()) == keys and min(done.values()) >= wanted, timeout=limit_s)
-            print(f"{sum(at_rest().values()) / keys / (time.monotonic() - since):.2f} jobs of each key a second")
-        finally:
-            ended.set()
-            seeder.join(60)
-
-    for lines in read(project).values():
-        starts = [line.number for line in lines if (line.what, line.stage) == ("start", "first")]
-        assert starts == list(range(len(starts)))
-    assert not verify(rt, "r").problems

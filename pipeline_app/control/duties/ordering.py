@@ -11,6 +11,7 @@ transaction with the move of the job that gets it, guarded by the turn's version
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from pipeline_app.flow.enqueue import enqueued_state, new_messages
 from pipeline_app.flow.forward import publish_or_leave
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import jobs, messages, transition, turns
-from pipeline_app.store.client import Document
+from pipeline_app.store.client import ContendedError, Document
 from pipeline_app.store.transition import JobMove, NotFittingError, Transition
 from pipeline_app.store.turns import Pass
 
@@ -68,7 +69,7 @@ class Free:
     """A turn that can be passed on."""
 
     turn: str
-    #: As it was; None if there is no such turn: then there is only the job that says that it has it.
+    #: As it was; None if there is no such turn: it is made, for the next look, as a job says that it has it.
     given: Document | None
     #: `_id`s of jobs at rest that have it.
     over: Sequence[str] = ()
@@ -131,17 +132,24 @@ def _pass_on(rt: Runtime, run: str, free: Sequence[Free]) -> None:
     while left:
         whole = Transition(now=rt.store.now())
         for one in left.values():
+            if one.given is None:
+                # It may be there by now, and given to one of those who had it: then they have it still.
+                whole.wake.add(one.turn)
+                continue
             whole.turns_over.extend(one.over)
-            if one.given is not None:
-                holder = first[one.turn]["_id"] if one.turn in first else None
-                was = {"version": one.given["version"], "joined": one.given.get("joined")}
-                whole.passes.append(Pass(turn=one.turn, holder=holder, **was))
+            holder = first[one.turn]["_id"] if one.turn in first else None
+            was = {"version": one.given["version"], "joined": one.given.get("joined")}
+            whole.passes.append(Pass(turn=one.turn, holder=holder, **was))
         chosen = [first[turn] for turn, one in left.items() if turn in first and one.given is not None]
         if plan is not None:
             _let_go(rt, plan, whole, chosen)
         try:
             with rt.counting() as whole.worker:
-                transition.apply(rt.store, whole)
+                transition.apply(rt.store, whole, patience_s=SPELL_S)
+        except ContendedError:
+            # Pages of several seeders are always on some of so many turns. Not always on the same fewer ones.
+            left = dict(random.sample(sorted(left.items()), len(left) // 2))
+            continue
         except NotFittingError as exc:
             # Somebody came to wait meanwhile, or the job was cancelled: the next look sees that.
             moved_on = exc.turns | {turn for turn, row in first.items() if row["_id"] in exc.jobs}

@@ -25,9 +25,7 @@ from pipeline_app.store.encoding import UnstorableError, encode
 from pipeline_app.store.transition import JobMove
 
 
-def new_row(
-    rt: Runtime, plan: RunPlan, line: JobLine, *, batch: str, seq: int, shown: bool, now: datetime
-) -> Document:
+def new_row(rt: Runtime, plan: RunPlan, line: JobLine, *, batch: str, seq: int, shown: bool, now: datetime) -> Document:
     """The document of a job; `shown` is whether it may take its turn before its batch is closed."""
     row = jobs.document(
         run=plan.run,

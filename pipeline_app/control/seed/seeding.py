@@ -331,13 +331,12 @@ def hidden_batches(rt: Runtime) -> list[str]:
 def sweep(rt: Runtime) -> None:
     """What seeders left behind that died."""
     for row in manifests.abandoned_batches(rt.store, "open", "closing", "removing"):
+        # Killed in the middle of a page it holds the turns of its keys, which other duties need.
+        rt.store.end_transactions(row.get("process", ""))
         if row["state"] == "open":
             logger.warning("its seeder is gone: batch=%s run=%s", row["_id"], row["run"])
-            # Killed in the middle of a page it holds the turns of its keys, which other duties need.
-            rt.store.end_transactions(row.get("process", ""))
             manifests.set_batch(rt.store, row["_id"], "interrupted", expected=("open",))
         elif row["state"] == "closing":
             close_batch(rt, row)
         else:
             remove_batch(rt, row["run"], row["_id"])
-
