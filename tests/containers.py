@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+import celery
 import docker
 import pytest
+from celery import Celery
 from docker.errors import DockerException
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
@@ -103,20 +105,40 @@ class Worker(CeleryWorkerContainer):  # type: ignore[misc]  # pytest-celery's ty
     """A worker of the project in /project."""
 
     @classmethod
+    def version(cls) -> str:
+        """Of Celery: the image installs what the tests run with."""
+        return str(celery.__version__)
+
+    @classmethod
     def worker_name(cls) -> str:
         """Before the @ of its name."""
         return "node"
 
 
 class ContainerWorker(CeleryTestWorker):  # type: ignore[misc]  # pytest-celery's types do not reach us
-    """A worker node whose container is removed when the test is done with it."""
+    """A worker node that a test started, and that is removed when the test is done with it."""
+
+    def __init__(self, raw: Any, app: Celery) -> None:
+        super().__init__(Worker(raw), app)
+        # As Docker's client gave it: the wrapper removes nothing.
+        self._raw = raw
+
+    def get_running_processes_info(
+        self,
+        columns: list[str] | None = None,
+        filters: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """As Docker lists them, by its own titles."""
+        top = self._raw.top()
+        rows = [dict(zip(top["Titles"], row, strict=True)) for row in top["Processes"]]
+        return [row for row in rows if all(row.get(key) == value for key, value in (filters or {}).items())]
 
     def teardown(self) -> None:
-        """Tell it to stop, as `docker stop` does, and remove it."""
-        if self.container.status == "running":
-            self.kill("SIGTERM")
-            wait_for_callable("Waiting for the worker to stop", lambda: self.container.status != "running", STOP_S)
-        self.container.remove(force=True)
+        """Tell it to stop and wait until it has, as `docker stop` does; remove it."""
+        try:
+            self._raw.stop(timeout=STOP_S)
+        finally:
+            self._raw.remove(force=True)
 
 
 mongo_image = fetch(repository="mongo:7")
@@ -178,7 +200,7 @@ def start_worker(
             network=default_pytest_celery_network.name,
             detach=True,
         )
-        node = ContainerWorker(Worker(raw), project.app)
+        node = ContainerWorker(raw, project.app)
         try:
             wait_for_callable("Waiting for the worker to consume", node.ready, START_S)
         except BaseException:

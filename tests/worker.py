@@ -12,6 +12,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -90,13 +91,15 @@ class Worker:
         self.process.wait(30)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
-        """Tell it to stop and wait until it has; kill it if it does not."""
+        """Tell it to stop and wait until it has; kill it if it does not, and whatever it left behind."""
         if self.process.poll() is None:
             self.process.send_signal(number)
             try:
                 self.process.wait(timeout)
             except subprocess.TimeoutExpired:
                 self.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.returncode
 
     # The rest is for pytest-celery alone.

@@ -19,10 +19,19 @@ from tests.nodes import Database, NodeProject, Setup, StartWorker, VirtualHost, 
 from tests.services import TestServices
 
 MODE = os.environ.get("PIPELINE_TEST_NODES") or ("docker" if containers.docker_answers() else "process")
+#: Time for a test with containers.
+CONTAINERS_S = 900
 
 
 def pytest_report_header() -> str:
     return f"nodes of the acceptance tests: {MODE}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first tests with containers fetch and build their images, each test starts its own."""
+    for item in items:
+        if MODE == "docker" and item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(CONTAINERS_S))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ def test_a_pipeline_goes_through_the_nodes(project: NodeProject, celery_setup: C
     """Given a broker, a store and a worker, then jobs become results, and the nodes are what they seem."""
     assert celery_setup.ready(ping=False, control=True, docker=True)
     assert len(celery_setup) == 3
+    assert len(celery_setup.app.control.ping()) == 1
     worker = celery_setup.worker
     assert worker.version.startswith("5.7")
     assert len(worker.get_running_processes_info()) >= 3  # the main process and its children
