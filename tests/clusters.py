@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from pymongo import MongoClient
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 
 from pipeline_app.local import mongod, processes, rabbitmq
 from tests.project import eventually
 
 READY_S = 90.0
 
+#: MongoDB's code (ExceededTimeLimit) for a step-down with nobody to hand over to.
+NOT_CAUGHT_UP = 262
 
 class Node:
     """A process that is started, killed, and started again with the data that it had."""
@@ -231,14 +233,25 @@ class ReplicaSet:
     def step_down(self) -> None:
         """Let another member lead, and wait until one does."""
         before = self.primary()
-        with connected(before) as client:
-            client.admin.command("replSetStepDown", 10, secondaryCatchUpPeriodSecs=5)
+        # It refuses while no other has caught up, which takes its time on a machine that has much to do.
+        eventually(lambda: _stepped_down(before), timeout=60)
         eventually(lambda: self.primary() is not before)
 
     def close(self) -> None:
         """End all."""
         for member in self.members:
             member.kill()
+
+
+def _stepped_down(member: Node) -> bool:
+    try:
+        with connected(member) as client:
+            client.admin.command("replSetStepDown", 10, secondaryCatchUpPeriodSecs=5)
+    except OperationFailure as exc:
+        if exc.code != NOT_CAUGHT_UP:
+            raise
+        return False
+    return True
 
 
 def leads(member: Node) -> bool:
