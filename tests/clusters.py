@@ -28,6 +28,7 @@ READY_S = 90.0
 #: MongoDB's code (ExceededTimeLimit) for a step-down with nobody to hand over to.
 NOT_CAUGHT_UP = 262
 
+
 class Node:
     """A process that is started, killed, and started again with the data that it had."""
 
