@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 
@@ -86,3 +87,19 @@ def test_a_duty_that_waits_for_the_broker(project: Project, caplog: pytest.LogCa
     assert 2 <= len(tried) <= 6
     said = [record.message for record in caplog.records if "waits for the broker since" in record.message]
     assert len(said) == 1
+
+
+def test_who_was_overtaken_does_no_further_duty(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a duty that took so long that another leads by now, then the duties behind it are that one's."""
+    monkeypatch.setattr(leader, "RENEW_S", 0.0)
+    rt = project.runtime(pipeline(double))
+    prepare(rt)
+    rounds = Rounds()
+
+    def long(rt: Runtime) -> None:
+        later = rt.store.now() + timedelta(seconds=60)
+        rt.store.db.leases.update_one({"_id": "test"}, {"$set": {"holder": "another", "until": later}})
+
+    Leader(lambda: rt, "test", (Duty(do=rounds.at_once), Duty(do=long), Duty(do=rounds.in_calm)), 0.05).round(rt)
+
+    assert (rounds.hasty, rounds.calm) == (1, 0)

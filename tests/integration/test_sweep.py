@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
 
 from pipeline_app import Pipeline, Retry, Stage
 from pipeline_app.control.duties import sweep
@@ -62,6 +65,29 @@ def test_a_worker_whose_lease_ended_loses_its_messages(project: Project) -> None
     assert [job(rt, f"j{n}")["failures"] for n in range(3)] == [0, 0, 0]
     pump(rt)
     prove(rt, terminal=3)
+
+
+def test_much_to_take_back_is_taken_back_in_several_rounds(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given more than there is time for in one round, then the next rounds go on, and other duties come between."""
+    chosen = pipeline(double)
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(4))
+    take(rt, "gone", *open_ids(rt))
+    claimed = len(messages.claimed(rt.store))
+    assert claimed > 2
+    spent = iter(range(100))
+    monkeypatch.setattr(sweep, "SPELL_S", 1.5)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(spent)))
+
+    sweep.end_leases(rt)
+    left = len(messages.claimed(rt.store))
+    assert 0 < left < claimed
+    for _ in range(claimed):
+        sweep.end_leases(rt)
+    assert messages.claimed(rt.store) == []
+    monkeypatch.undo()
+    pump(rt)
+    prove(rt, terminal=4)
 
 
 def test_a_job_that_loses_its_worker_too_often(project: Project) -> None:

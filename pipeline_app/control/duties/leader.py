@@ -110,11 +110,15 @@ class Leader:
         return leads
 
     def round(self, rt: Runtime) -> None:
-        """Every duty that is due, each whether or not the one before it could be done.
+        """Every duty that is due, each whether or not the one before it could be done; none once another leads.
 
         Raises StoreError: without the store none can.
         """
         for duty in self._duties:
+            if self._is_time("", RENEW_S):
+                self._leads = self._lead(rt)
+                if not self._leads:
+                    return
             if duty.calm_s and time.monotonic() - self._calm_since <= duty.calm_s:
                 continue
             pause, until = self._pauses.get(duty.name, (0.0, 0.0))

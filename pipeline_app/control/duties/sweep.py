@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -39,6 +40,9 @@ FOLD_EVERY_S = 30.0
 FOLD_IDLE_S = 60.0
 #: A leader ends leases only after the store has answered for this long: right after an outage every lease looks ended.
 CALM_S = 5.0
+#: What may be much is left to the next round after this: between two duties a leader says that it still leads. One that
+#: was busy for its whole lease would be at it together with its successor, and that one's.
+SPELL_S = 3.0
 PAGE = 5000
 #: Jobs in one transaction, each of which may need a message of its own.
 JOBS_PAGE = 1000
@@ -55,9 +59,12 @@ def end_leases(rt: Runtime) -> None:
     # In this order: a worker that registers between the two questions has no claim among those read before.
     alive = {row["_id"] for row in workers.alive(rt.store)}
     gone = workers.by_ids(rt.store, {message["worker"] for message in claimed} - alive)
-    for message in claimed:
-        if message["worker"] in alive:
-            continue
+    left = [message for message in claimed if message["worker"] not in alive]
+    # In no order: what cannot be given back keeps up nothing else, and two who lead at once seldom meet.
+    random.shuffle(left)
+    until = time.monotonic() + SPELL_S
+    while left and time.monotonic() < until:
+        message = left.pop()
         lost = _lost_with_worker(message["worker"], gone.get(message["worker"], {}))
         logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
         with contained("taking back", message["_id"]):
@@ -78,7 +85,8 @@ def _lost_with_worker(worker: str, record: Document) -> ErrorRecord:
 
 def release_due(rt: Runtime) -> None:
     """Enqueue jobs whose delay or retry time has come."""
-    while True:
+    until = time.monotonic() + SPELL_S
+    while time.monotonic() < until:
         hidden = seeding.hidden_batches(rt)
         rows = jobs.due(rt.store, rt.store.now(), JOBS_PAGE, hidden)
         # What cannot be moved is looked at in the next round, not over and over in this one.
