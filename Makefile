@@ -50,16 +50,19 @@ integration: $(DEV) ## tests against a real RabbitMQ and a real MongoDB
 acceptance: $(DEV) ## the command line as people use it
 	@$(BIN)/pytest tests/acceptance -n 2 $(PYTEST_ARGS)
 
+# What takes minutes; the functions themselves are tested with the rest.
+LONG_FAULTS := clusters.py broken_variants.py rate_limits.py paced_replay.py
+
 .PHONY: faults
 faults: $(DEV) ## kill workers and services under load, a short while
-	@$(BIN)/pytest tests/chaos $(addprefix --ignore=tests/chaos/test_,clusters.py broken_variants.py) $(PYTEST_ARGS)
+	@$(BIN)/pytest tests/chaos $(addprefix --ignore=tests/chaos/test_,$(LONG_FAULTS)) $(PYTEST_ARGS)
 
 .PHONY: faults-full
 faults-full: $(DEV) ## all of it at full size, clusters, and that broken promises would be noticed (CLUSTER_JOBS ...)
 	@CHAOS_RATE_JOBS=$${CHAOS_RATE_JOBS:-5000} CHAOS_REPLAY_JOBS=$${CHAOS_REPLAY_JOBS:-10000} \
 	CLUSTER_JOBS=$${CLUSTER_JOBS:-10000} CLUSTER_KILLS=$${CLUSTER_KILLS:-10} \
 	CLUSTER_STEP_DOWNS=$${CLUSTER_STEP_DOWNS:-20} $(BIN)/pytest $(PYTEST_ARGS) \
-	$(addprefix tests/chaos/test_,rate_limits.py paced_replay.py holds_in_force.py clusters.py broken_variants.py)
+	$(addprefix tests/chaos/test_,holds_in_force.py $(LONG_FAULTS))
 
 # Numbers of faults, for runs that have only these: `make chaos KILLS=1000 JOBS=100000`.
 CHAOS_KINDS := KILLS CHILD_KILLS FREEZES CUTS RESTARTS STEPDOWNS PRIMARY_KILLS OUTAGES REFUSALS PURGES DOUBLES

@@ -1,6 +1,6 @@
 """A replay at a rate: it goes on without its operator, the target sees that rate, and it halts when jobs fail again.
 
-`make faults-full` runs it at full size; in `make test` it is short. CHAOS_REPLAY_JOBS sets the size.
+`make faults-full` runs it at full size, pytest alone a short one. CHAOS_REPLAY_JOBS sets the size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Jobs that ask a provider of 40 requests a second, with a throttle and without: a refusal costs nobody an attempt.
 
-`make faults-full` runs them at full size; in `make test` they are short. CHAOS_RATE_JOBS sets the size.
+`make faults-full` runs them at full size, pytest alone short ones. CHAOS_RATE_JOBS sets the size.
 """
 
 from __future__ import annotations
