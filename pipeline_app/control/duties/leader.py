@@ -85,9 +85,7 @@ class Leader:
         while not self._stop.wait(self._every_s):
             rt = self._runtime()
             try:
-                asks = self._is_time("", RENEW_S)
-                if asks:
-                    self._leads = self._lead(rt)
+                asks = self._asks(rt)
                 if self._leads:
                     self.round(rt)
                 if asks or self._leads:
@@ -99,6 +97,13 @@ class Leader:
             except Exception:
                 # The next round may do better; without this thread nothing that waits would ever go on.
                 logger.exception("%s", self._name)
+
+    def _asks(self, rt: Runtime) -> bool:
+        """Ask whether this one leads, if it is time for that; whether it was."""
+        asks = self._is_time("", RENEW_S)
+        if asks:
+            self._leads = self._lead(rt)
+        return asks
 
     def _lead(self, rt: Runtime) -> bool:
         begun = time.monotonic()
@@ -115,10 +120,8 @@ class Leader:
         Raises StoreError: without the store none can.
         """
         for duty in self._duties:
-            if self._is_time("", RENEW_S):
-                self._leads = self._lead(rt)
-                if not self._leads:
-                    return
+            if self._asks(rt) and not self._leads:
+                return
             if duty.calm_s and time.monotonic() - self._calm_since <= duty.calm_s:
                 continue
             pause, until = self._pauses.get(duty.name, (0.0, 0.0))
