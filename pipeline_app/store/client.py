@@ -7,6 +7,7 @@ may be lost (a hint was published, a progress mark).
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -88,6 +89,8 @@ class Store:
         #: Acknowledged by the primary only.
         self.fast: Database[Document] = self.db.with_options(write_concern=WriteConcern(1))
         self._offset = timedelta()
+        #: Sessions whose last transaction may still be open at the server, because we were cut off in it.
+        self._cut_off: deque[Session] = deque()
 
     def now(self) -> datetime:
         """The time by MongoDB's clock, as measured at `synchronise`; to the millisecond."""
@@ -114,9 +117,27 @@ class Store:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A session for transactions."""
-        with translated(self), self._client.start_session() as session:
+        """A session for transactions.
+
+        One that was cut off in a transaction comes first. Its transaction would hold its documents for a minute,
+        against us too; another one in the same session ends it, even if it reaches the server only later.
+        """
+        try:
+            session = self._cut_off.popleft()
+        except IndexError:
+            session = self._client.start_session()
+        try:
             yield session
+        except PyMongoError as exc:
+            if is_away(exc):
+                self._cut_off.append(session)
+            else:
+                session.end_session()
+            raise
+        except BaseException:
+            session.end_session()
+            raise
+        session.end_session()
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
@@ -146,11 +167,14 @@ class Store:
         `patience_s`.
         """
         deadline = time.monotonic() + patience_s
-        with self.session() as session:
+        with translated(self):
             while True:
                 try:
-                    with session.start_transaction(
-                        read_concern=ReadConcern("snapshot"), write_concern=_DURABLE, max_commit_time_ms=5000
+                    with (
+                        self.session() as session,
+                        session.start_transaction(
+                            read_concern=ReadConcern("snapshot"), write_concern=_DURABLE, max_commit_time_ms=5000
+                        ),
                     ):
                         result = work(session)
                         _commit(session)

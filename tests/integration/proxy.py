@@ -144,6 +144,18 @@ class MongoProxy(Proxy):
 
         self.hook = hook
 
+    def cut_in_transaction(self) -> None:
+        """The next transaction writes, and the service is gone before the client hears of it: it stays open."""
+
+        def hook(when: When, command: dict[str, Any]) -> bool:
+            if when == "before" or "autocommit" not in command or WRITES.isdisjoint(command):
+                return False
+            self.hook = lambda when, command: False
+            self.cut()
+            return True
+
+        self.hook = hook
+
     def _carry_both_ways(self, client: socket.socket, server: socket.socket) -> None:
         asked: dict[int, dict[str, Any]] = {}
         for arguments in ((client, server, asked, "before"), (server, client, asked, "after")):

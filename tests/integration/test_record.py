@@ -194,7 +194,7 @@ def test_records_are_asked_for_again(project: Project) -> None:
     prove(rt, terminal=4)
 
 
-@pytest.mark.parametrize("outage", ["lost", "cut", "frozen"])
+@pytest.mark.parametrize("outage", ["lost", "cut", "cut in it", "frozen"])
 def test_the_store_goes_away_during_the_handler(
     project: Project,
     new_flow: NewFlow,
@@ -212,6 +212,7 @@ def test_the_store_goes_away_during_the_handler(
     take: dict[str, Callable[[], None]] = {
         "lost": lambda: mongo_proxy.lose_answers("commitTransaction", times=4),
         "cut": mongo_proxy.cut,
+        "cut in it": mongo_proxy.cut_in_transaction,
         "frozen": mongo_proxy.freeze,
     }
     with ThreadPoolExecutor(1) as pool:
