@@ -126,6 +126,8 @@ class Soak:
             for name, process in ours.items():
                 self.memory.follow(name, process.pid, ours=True)
             self._look_until_over(ours)
+            # It began later than this clock did, and adds jobs for as long.
+            ours["seeder"].wait(60)
             self._await_rest()
         self.findings.tracks = list(self.memory.tracks)
         self._verify()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pymongo import MongoClient
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import AutoReconnect, OperationFailure, PyMongoError
 
 from pipeline_app.local import mongod, processes, rabbitmq
 from tests.project import eventually
@@ -252,6 +252,9 @@ def _stepped_down(member: Node) -> bool:
         if exc.code != NOT_CAUGHT_UP:
             raise
         return False
+    except AutoReconnect:
+        # Another election came first, and the client was told so by the one that lost it.
+        return not leads(member)
     return True
 
 

@@ -60,6 +60,8 @@ _SAFE_CODECS: CodecOptions[Document] = CodecOptions(tz_aware=True, tzinfo=UTC)
 _REFUSED_CODES = {13, 18}
 #: Code of the server for a snapshot that it does not keep any more.
 _TOO_OLD_CODE = 239
+#: Code of the server for a transaction that somebody else ended: `end_transactions`, or an administrator.
+_INTERRUPTED_CODE = 11601
 #: Codes of the server that mean "not now": stepping down, shutting down, out of time.
 _AWAY_CODES = {6, 7, 43, 50, 89, 91, 189, 262, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436}
 
@@ -89,8 +91,8 @@ class Store:
         #: Acknowledged by the primary only.
         self.fast: Database[Document] = self.db.with_options(write_concern=WriteConcern(1))
         self._offset = timedelta()
-        #: Sessions whose last transaction may still be open at the server, because we were cut off in it.
-        self._cut_off: deque[Session] = deque()
+        #: Sessions whose last transaction failed, and may still be open at the server: pymongo does not say.
+        self._failed: deque[Session] = deque()
 
     def now(self) -> datetime:
         """The time by MongoDB's clock, as measured at `synchronise`; to the millisecond."""
@@ -119,23 +121,17 @@ class Store:
     def session(self) -> Iterator[Session]:
         """A session for transactions.
 
-        One that was cut off in a transaction comes first. Its transaction would hold its documents for a minute,
-        against us too; another one in the same session ends it, even if it reaches the server only later.
+        One whose transaction failed comes first. If we were cut off in that one, it holds its documents for a minute,
+        against us too; the next one in the same session ends it, even if it reaches the server only later.
         """
         try:
-            session = self._cut_off.popleft()
+            session = self._failed.popleft()
         except IndexError:
             session = self._client.start_session()
         try:
             yield session
-        except PyMongoError as exc:
-            if is_away(exc):
-                self._cut_off.append(session)
-            else:
-                session.end_session()
-            raise
         except BaseException:
-            session.end_session()
+            self._failed.append(session)
             raise
         session.end_session()
 
@@ -148,7 +144,8 @@ class Store:
     @contextmanager
     def unhurried(self) -> Iterator[None]:
         """Calls in here may take as long as they take: full counts of large runs."""
-        with pymongo.timeout(None):
+        # None would mean the client's own limit.
+        with pymongo.timeout(0):
             yield
 
     @contextmanager
@@ -172,9 +169,7 @@ class Store:
                 try:
                     with (
                         self.session() as session,
-                        session.start_transaction(
-                            read_concern=ReadConcern("snapshot"), write_concern=_DURABLE, max_commit_time_ms=5000
-                        ),
+                        session.start_transaction(read_concern=ReadConcern("snapshot"), write_concern=_DURABLE),
                     ):
                         result = work(session)
                         _commit(session)
@@ -248,6 +243,8 @@ def _commit(session: Session) -> None:
 def _is_conflict(exc: PyMongoError) -> bool:
     if isinstance(exc, ConnectionFailure):
         return False
+    if isinstance(exc, OperationFailure) and exc.code == _INTERRUPTED_CODE:
+        return True
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get("writeErrors", [])
         return any(error.get("code") == 112 for error in errors) or exc.has_error_label("TransientTransactionError")

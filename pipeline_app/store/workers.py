@@ -105,17 +105,27 @@ def listing(store: Store, since: datetime) -> list[Document]:
 
 
 def lead(store: Store, name: str, holder: str, seconds: float) -> bool:
-    """Take or keep the lease `name`; False while another holds it."""
-    free = {"_id": name, "$or": [{"holder": holder}, {"$expr": {"$lt": ["$until", "$$NOW"]}}]}
+    """Take or keep the lease `name`; False while another holds it.
+
+    Holders are named as their connections are: what the one before was doing when its lease ended is ended first, for
+    it may have been killed in a transaction, and that holds what whoever leads next has to write.
+    """
+    ended: Document = {"_id": name, "$expr": {"$lt": ["$until", "$$NOW"]}}
     take = [{"$set": {"holder": holder, "until": {"$add": ["$$NOW", int(seconds * 1000)]}}}]
     with translated(store):
-        if store.db.leases.update_one(free, take).matched_count:
+        if store.db.leases.update_one({"_id": name, "holder": holder}, take).matched_count:
             return True
-        # It is held, or there is none yet: then make one that has ended, and take that.
-        made = store.db.leases.update_one(
+        # It is another's, or there is none yet: then make one that has ended.
+        store.db.leases.update_one(
             {"_id": name}, {"$setOnInsert": {"holder": None, "until": datetime(1970, 1, 1, tzinfo=UTC)}}, upsert=True
         )
-        return made.upserted_id is not None and store.db.leases.update_one(free, take).matched_count == 1
+        before = store.db.leases.find_one(ended)
+        if before is None:
+            return False
+        if before["holder"] is not None:
+            store.end_transactions(before["holder"])
+        # Not if it came back in between, or somebody else was faster.
+        return store.db.leases.update_one({**ended, "holder": before["holder"]}, take).matched_count == 1
 
 
 def give_up_lead(store: Store, name: str, holder: str) -> None:

@@ -134,6 +134,7 @@ class WorkerProcess:
             "worker": consumer.hostname,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "process": self.runtime().process,
             "pool": {"thread": "threads"}.get(pool, pool),
             "concurrency": consumer.pool.num_processes if pool != "solo" else 1,
             "queues": sorted(self.selection.named),

@@ -250,7 +250,7 @@ def test_wait_for_a_stage_does_not_wait_for_the_next(project: NodeProject) -> No
 
 def test_watch_ends_with_the_run_and_gives_a_line_for_each_change(project: NodeProject) -> None:
     # Given a run that goes on
-    project.seed("r1", jobs(6, sleep_s=0.3))
+    project.seed("r1", jobs(6, sleep_s=1.5))
     with project.node():
         # When it is watched
         done = project.cli("run", "watch", "last", "--json")

@@ -66,6 +66,11 @@ class Proxy:
         """The service is silent: connections stay, and nothing goes through them."""
         self._flows.clear()
 
+    @property
+    def is_away(self) -> bool:
+        """Whether it is cut or frozen."""
+        return not (self._open.is_set() and self._flows.is_set())
+
     def close(self) -> None:
         """End all."""
         self._flows.set()

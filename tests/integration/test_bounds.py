@@ -201,9 +201,10 @@ def test_a_seeder_that_waits_is_stopped(project: Project) -> None:
         command, cwd=project.folder, env=project.env, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as seeder:
         eventually(lambda: "waits_since" in (rt.store.db.seed_batches.find_one({"run": "r"}) or {}))
-        os.kill(seeder.pid, signal.SIGINT)
         assert seeder.stderr is not None
-        text = seeder.stderr.read()
+        text = next(line for line in seeder.stderr if "seeding waits" in line)
+        os.kill(seeder.pid, signal.SIGINT)
+        text += seeder.stderr.read()
     assert seeder.returncode == 130
     assert "seeding waits: 3 jobs are unfinished, and the bound of run r is 3" in text
     assert "interrupted: 3 jobs were added; --skip-existing goes on" in text

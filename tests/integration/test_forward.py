@@ -236,17 +236,18 @@ def test_a_connection_that_died_unnoticed(project: Project, amqp_proxy: Proxy) -
 
 def test_a_broker_that_is_silent(project: Project, amqp_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a broker that takes bytes and answers nothing, then publishing ends in time, as an error."""
-    monkeypatch.setattr("pipeline_app.transport.publisher.ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr("pipeline_app.transport.connecting.CONNECT_TIMEOUT_S", 1.0)
     rt, name = project.runtime(amqp_url=amqp_proxy.address(project.amqp_url)), some_queue()
     rt.publisher.publish(envelopes(name, 1))
     amqp_proxy.freeze()
+    monkeypatch.setattr("pipeline_app.transport.publisher.ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("pipeline_app.transport.connecting.CONNECT_TIMEOUT_S", 1.0)
     begun = time.monotonic()
 
     with pytest.raises(BrokerError, match="does not answer"):
         rt.publisher.publish(envelopes(name, 1))
 
     assert time.monotonic() - begun < 8
+    monkeypatch.undo()
     amqp_proxy.restore()
     rt.publisher.publish(envelopes(name, 1))
     assert ready(project, name) >= 2

@@ -117,7 +117,7 @@ def test_a_suspect_in_every_pool(project: Project, rt: Runtime, pool: str) -> No
 
 def test_a_suspect_that_exceeds_the_time_limit(project: Project, rt: Runtime) -> None:
     """Given a job alone that exceeds the hard time limit, then that was its own doing, and nothing of it goes on."""
-    project.write("celeryconfig.py", 'pipelines = ["stages:demo"]\ntask_time_limit = 3\n')
+    project.write("celeryconfig.py", 'pipelines = ["stages:demo"]\ntask_time_limit = 8\n')
     make_run(project, rt, *items("a", wait_for="never"), *items("b"))
     suspect(rt, "a")
 
@@ -128,7 +128,7 @@ def test_a_suspect_that_exceeds_the_time_limit(project: Project, rt: Runtime) ->
     assert job(rt, "a")["reason"] == DeadKind.WORKER_LOST
     (lost,) = attempts(rt, job="a")
     assert lost["error"]["type"] == "TimeLimitExceeded"
-    assert "at the time limit of 3" in lost["error"]["message"]
+    assert "at the time limit of 8" in lost["error"]["message"]
     pid = next(int(line.split()[3]) for line in project.calls() if line.split()[1] == "a")
     eventually(lambda: is_gone(pid))
 

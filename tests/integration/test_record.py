@@ -204,11 +204,11 @@ def test_the_store_goes_away_during_the_handler(
     outage: str,
 ) -> None:
     """Given a store that is away when a handler ends, then its outcome is kept until it is back, and recorded once."""
-    monkeypatch.setattr("pipeline_app.store.client.CALL_TIMEOUT_S", 1.0)
     chosen = pipeline(gate.stage(chunk=2), as_row_stage())
     rt = project.runtime(chosen)
-    worker = project.runtime(chosen, mongodb_url=mongo_proxy.address(project.mongodb_url))
     begin(rt, chosen, lines(2))
+    monkeypatch.setattr("pipeline_app.store.client.CALL_TIMEOUT_S", 1.0)
+    worker = project.runtime(chosen, mongodb_url=mongo_proxy.address(project.mongodb_url))
     take: dict[str, Callable[[], None]] = {
         "lost": lambda: mongo_proxy.lose_answers("commitTransaction", times=4),
         "cut": mongo_proxy.cut,
@@ -221,7 +221,7 @@ def test_the_store_goes_away_during_the_handler(
         take[outage]()
         gate.may_end.set()
         if outage != "lost":
-            eventually(lambda: len(gate.calls) == 2)
+            eventually(lambda: len(gate.calls) == 2 and mongo_proxy.is_away)
             with pytest.raises(TimeoutError):
                 running.result(1.5)  # it waits, and does not give up
             mongo_proxy.restore()

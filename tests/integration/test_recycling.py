@@ -166,7 +166,7 @@ def test_a_stop_while_it_recycles(project: Project, rt: Runtime, asked_by: str) 
     """
     make_run(project, rt, 1, wait_for="go")
 
-    with project.worker("--max-age", "1s", concurrency=1) as worker:
+    with project.worker("--max-age", "6s", concurrency=1) as worker:
         eventually(project.calls)
         worker.wait_for(lambda: "recycling" in worker.text)
         if asked_by == "signal":

@@ -22,7 +22,7 @@ QUEUES = [f"demo.first.kind__{kind}" for kind in "abc"]
 #: Longer than any of these tests.
 PATIENT = 'pipelines = ["stages:demo"]\nworker_soft_shutdown_timeout = 60\n'
 #: What nobody waits for: a lease is 10 s.
-SOON_S = 3.0
+SOON_S = 5.0
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 from pymongo import MongoClient
 
 from pipeline_app.application import prepare
+from pipeline_app.control.duties import sweep
 from pipeline_app.errors import RefusedError, StoreError, UsageError
 from pipeline_app.local import mongod, processes
 from pipeline_app.runtime import Runtime
 from pipeline_app.store import schema, workers
-from pipeline_app.store.client import Document, Store
+from pipeline_app.store.client import ContendedError, Document, Session, Store, translated
 from tests.integration.helpers import backdate, in_threads
+from tests.integration.proxy import MongoProxy, When
 from tests.project import REPOSITORY, Project
 
 
@@ -187,7 +190,7 @@ HOLDS_A_DOCUMENT = """
 import sys
 from pipeline_app.store.client import Store
 
-store = Store(sys.argv[1], process="victim")
+store = Store(sys.argv[1], process=sys.argv[2])
 with store.session() as session:
     session.start_transaction()
     store.db.job_states.update_one({"_id": "r/1"}, {"$set": {"n": 1}}, session=session)
@@ -196,10 +199,10 @@ with store.session() as session:
 """
 
 
-def die_in_a_transaction(url: str) -> None:
-    """A process called `victim` is killed in a transaction that has changed the job `r/1`."""
+def die_in_a_transaction(url: str, name: str) -> None:
+    """A process of that name is killed in a transaction that has changed the job `r/1`."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS_A_DOCUMENT, url],
+        [sys.executable, "-c", HOLDS_A_DOCUMENT, url, name],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -210,17 +213,94 @@ def die_in_a_transaction(url: str) -> None:
         os.kill(victim.pid, signal.SIGKILL)
 
 
-def test_documents_that_a_killed_process_had_locked_are_freed(project: Project, rt: Runtime) -> None:
-    """Given a process that was killed in its transaction, when that is ended, then its documents can be written."""
+@pytest.fixture
+def victim(project: Project, rt: Runtime) -> str:
+    """The name of a process that was killed and has locked the job `r/1`; others ask this MongoDB at the same time."""
+    name = f"victim.{uuid.uuid4().hex[:8]}"
     rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
-    die_in_a_transaction(project.mongodb_url)
-    begin = time.monotonic()
+    die_in_a_transaction(project.mongodb_url, name)
+    return name
 
-    assert rt.store.end_transactions("somebody else") == 0
-    assert rt.store.end_transactions("victim") == 1
 
-    rt.store.transaction(
-        lambda session: rt.store.db.job_states.update_one({"_id": "r/1"}, {"$inc": {"n": 10}}, session=session)
+def write(store: Store) -> None:
+    """Change that job, in a transaction that soon gives up."""
+    store.transaction(
+        lambda session: store.db.job_states.update_one({"_id": "r/1"}, {"$inc": {"n": 10}}, session=session),
+        patience_s=5,
     )
-    assert time.monotonic() - begin < 5
-    assert rt.store.db.job_states.find_one() == {"_id": "r/1", "n": 10}
+    assert store.db.job_states.find_one() == {"_id": "r/1", "n": 10}
+
+
+def test_documents_that_a_killed_process_had_locked_are_freed(rt: Runtime, victim: str) -> None:
+    """Given a process that was killed in its transaction, when that is ended, then its documents can be written."""
+    assert rt.store.end_transactions("somebody else") == 0
+    assert rt.store.end_transactions(victim) == 1
+
+    write(rt.store)
+
+
+def test_documents_that_a_killed_leader_had_locked_are_freed(rt: Runtime, victim: str) -> None:
+    """Given a leader that was killed in a transaction, when another takes over, then its documents can be written."""
+    assert workers.lead(rt.store, "sweep", victim, 10)
+    assert not workers.lead(rt.store, "sweep", "b", 10)
+    with pytest.raises(ContendedError):
+        write(rt.store)
+
+    backdate(rt, "leases", 60, "until")
+    assert workers.lead(rt.store, "sweep", "b", 10)
+
+    write(rt.store)
+
+
+def test_documents_that_a_killed_worker_had_locked_are_freed(rt: Runtime, victim: str) -> None:
+    """Given a worker whose main process was killed in a transaction, when its lease ends, then they can be written."""
+    workers.register(rt.store, "w", {"process": victim, "ended_at": None})
+    backdate(rt, "workers", 60, "lease_until")
+
+    sweep.end_leases(rt)
+
+    write(rt.store)
+
+
+def test_a_transaction_that_could_not_be_ended_is_ended_by_the_next(
+    project: Project, rt: Runtime, mongo_proxy: MongoProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given work that failed, and a store that went away before it heard of that, then nothing is locked later."""
+    rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
+    monkeypatch.setattr("pipeline_app.store.client.CALL_TIMEOUT_S", 3.0)
+    store = Store(mongo_proxy.address(project.mongodb_url))
+
+    def work(session: Session) -> None:
+        store.db.job_states.update_one({"_id": "r/1"}, {"$inc": {"n": 1}}, session=session)
+        raise LookupError
+
+    def lose(when: When, command: Document) -> bool:
+        if "abortTransaction" in command:
+            mongo_proxy.cut()
+        return "abortTransaction" in command
+
+    mongo_proxy.hook = lose
+    with pytest.raises(LookupError):
+        store.transaction(work)
+    mongo_proxy.hook = lambda when, command: False
+    mongo_proxy.restore()
+
+    write(store)
+    store.close()
+
+
+def test_a_look_at_much_may_take_long(project: Project, rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a question that takes longer than a call may, then it fails, unless it is allowed to take its time."""
+    monkeypatch.setattr("pipeline_app.store.client.CALL_TIMEOUT_S", 0.5)
+    store = Store(project.mongodb_url)
+    rt.store.db.job_states.insert_one({"_id": "r/1"})
+
+    def look() -> list[Document]:
+        with translated(store):
+            return list(store.db.job_states.find({"$where": "sleep(1500) || true"}))
+
+    with pytest.raises(StoreError):
+        look()
+    with store.unhurried():
+        assert look() == [{"_id": "r/1"}]
+    store.close()

@@ -166,7 +166,7 @@ def test_the_store_goes_away_with_the_answer(
     And "closed by my token" says that it was carried out the first time.
     """
     message = add_jobs(rt, "a")
-    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(client, "CALL_TIMEOUT_S", 3.0)
     worker = project.runtime(mongodb_url=mongo_proxy.address(project.mongodb_url))
     plan = record(rt, message, "a")
 

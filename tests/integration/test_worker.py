@@ -133,6 +133,8 @@ def test_a_child_that_died_without_a_word(project: Project, rt: Runtime) -> None
 
 def test_a_stage_alone_with_a_partition_that_comes_later(project: Project, rt: Runtime) -> None:
     """Given `-Q demo.first`, then that worker takes every partition of the stage, also a later one, and no other."""
+    project.amqp_url = project.services.new_vhost()
+    rt = project.runtime()
     make_run(project, rt, *items("a"))
     with project.worker("-Q", "demo.first"):
         wait(rt, stage="first")

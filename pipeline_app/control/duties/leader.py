@@ -75,6 +75,8 @@ class Leader:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=LEASE_S)
+            if self._thread.is_alive():
+                return  # in the middle of a duty: it leads until its lease ends
         rt = self._runtime()
         try:
             workers.give_up_lead(rt.store, self._name, rt.process)

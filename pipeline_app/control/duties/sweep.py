@@ -51,6 +51,8 @@ JOBS_PAGE = 1000
 def end_leases(rt: Runtime) -> None:
     """Close the records of workers whose lease has ended, and give back what workers without a lease have claimed."""
     for row in workers.expired(rt.store):
+        # First, so that whoever comes after one that was killed here does it again.
+        rt.store.end_transactions(row.get("process", ""))
         if workers.end_stale(rt.store, row["_id"]):
             logger.warning("lease ended: worker=%s", row["_id"])
     claimed = messages.claimed(rt.store)

@@ -91,14 +91,13 @@ def seed(
         raise RefusedError(what, hint="seed them as a stream: whole=False")
     if skip_existing:
         sweep(rt)  # a seeder that died may not have been noticed yet: no worker need be there
-    batch = _Batch(rt, plan, whole=whole, skip_existing=skip_existing)
+    batch = _Batch(rt, plan, progress, whole=whole, skip_existing=skip_existing)
     room = Room(rt, plan, batch.id, waiting)
     with batch.leased():
         try:
             for page in paging.full(lines) if whole else paging.as_they_come(lines):
                 for part in room.parts(batch.fresh(page)):
                     batch.add(part)
-                    progress(batch.added)
         except BaseException as exc:
             batch.abandon(exc)
             raise
@@ -117,9 +116,12 @@ def seed(
 class _Batch:
     """A batch while its seeder works on it."""
 
-    def __init__(self, rt: Runtime, plan: RunPlan, *, whole: bool, skip_existing: bool) -> None:
+    def __init__(
+        self, rt: Runtime, plan: RunPlan, progress: Callable[[int], None], *, whole: bool, skip_existing: bool
+    ) -> None:
         self.rt = rt
         self.plan = plan
+        self._progress = progress
         self.id = messages.new_id()
         self.whole = whole
         self.skip_existing = skip_existing
@@ -225,6 +227,8 @@ class _Batch:
                 f"job {job_id!r} is in run {self.plan.run} already", hint="--skip-existing passes over such jobs"
             ) from exc
         self.added += len(documents)
+        # Before they are published: whoever stops it meanwhile is told how many are in.
+        self._progress(self.added)
         if not self.whole:
             self.published &= publish_or_leave(self.rt, whole.messages)
 
