@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from datetime import timedelta
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from tests.integration.helpers import (
     register,
     take,
 )
-from tests.project import Project
+from tests.project import Project, eventually
 
 
 def ready(rt: Runtime, chosen: Pipeline, stage: str) -> int:
@@ -88,6 +89,30 @@ def test_much_to_take_back_is_taken_back_in_several_rounds(project: Project, mon
     monkeypatch.undo()
     pump(rt)
     prove(rt, terminal=4)
+
+
+def test_one_that_cannot_be_taken_back_yet_keeps_up_no_other(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a job that somebody writes on, when it is to be taken back first, then the others do not wait for it."""
+    chosen = pipeline(double)
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(6))
+    take(rt, "gone", *open_ids(rt))
+    monkeypatch.setattr(sweep, "SPELL_S", 30.0)
+    monkeypatch.setattr(
+        sweep, "random", SimpleNamespace(shuffle=lambda rows: rows.sort(key=lambda row: row["jobs"] == ["j0"]))
+    )
+
+    with rt.store.session() as session, session.start_transaction():
+        rt.store.db.job_states.update_one({"job": "j0"}, {"$set": {"written": True}}, session=session)
+        sweeper = threading.Thread(target=sweep.end_leases, args=(rt,))
+        sweeper.start()
+        eventually(lambda: [row["jobs"] for row in messages.claimed(rt.store)] == [["j0"]])
+        session.abort_transaction()
+    sweeper.join(30)
+
+    assert messages.claimed(rt.store) == []
+    pump(rt)
+    prove(rt, terminal=6)
 
 
 def test_a_job_that_loses_its_worker_too_often(project: Project) -> None:

@@ -10,6 +10,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from pipeline_app.control.changes import cancelling
@@ -43,6 +44,8 @@ CALM_S = 5.0
 #: What may be much is left to the next round after this: between two duties a leader says that it still leads. One that
 #: was busy for its whole lease would be at it together with its successor, and that one's.
 SPELL_S = 3.0
+#: Messages of dead workers that are given back at the same time.
+HANDS = 8
 PAGE = 5000
 #: Jobs in one transaction, each of which may need a message of its own.
 JOBS_PAGE = 1000
@@ -65,12 +68,22 @@ def end_leases(rt: Runtime) -> None:
     # In no order: what cannot be given back keeps up nothing else, and two who lead at once seldom meet.
     random.shuffle(left)
     until = time.monotonic() + SPELL_S
-    while left and time.monotonic() < until:
-        message = left.pop()
-        lost = _lost_with_worker(message["worker"], gone.get(message["worker"], {}))
-        logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
-        with contained("taking back", message["_id"]):
-            publish_or_leave(rt, give_back(rt, message, lost=lost))
+
+    def take_back() -> None:
+        while time.monotonic() < until:
+            try:
+                message = left.pop()
+            except IndexError:
+                return
+            lost = _lost_with_worker(message["worker"], gone.get(message["worker"], {}))
+            logger.warning("taking back: message=%s worker=%s", message["_id"], message["worker"])
+            with contained("taking back", message["_id"]):
+                publish_or_leave(rt, give_back(rt, message, lost=lost))
+
+    # Each is a dozen questions that are waited for. A machine with many workers may have died, and its leader with it.
+    with ThreadPoolExecutor(HANDS, thread_name_prefix="pipeline-take-back") as pool:
+        for hand in [pool.submit(take_back) for _ in range(min(HANDS, len(left)))]:
+            hand.result()
 
 
 def _lost_with_worker(worker: str, record: Document) -> ErrorRecord:
