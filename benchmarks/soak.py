@@ -127,7 +127,8 @@ class Soak:
                 self.memory.follow(name, process.pid, ours=True)
             self._look_until_over(ours)
             # It began later than this clock did, and adds jobs for as long.
-            ours["seeder"].wait(60)
+            if ours["seeder"].wait(60):
+                raise SystemExit(f"the seeder failed, see {self.folder / 'seeder.log'}")
             self._await_rest()
         self.findings.tracks = list(self.memory.tracks)
         self._verify()

@@ -27,6 +27,7 @@ from pymongo.errors import (
     NetworkTimeout,
     OperationFailure,
     PyMongoError,
+    WriteConcernError,
 )
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
@@ -40,6 +41,8 @@ T = TypeVar("T")
 
 #: Every operation ends within this, answered or not.
 CALL_TIMEOUT_S = 10.0
+#: Looks at all of a large run may take as long.
+LOOK_TIMEOUT_S = 3600.0
 #: The first contact ends within this: nobody waits longer to hear that there is no store.
 SELECT_TIMEOUT_S = 3.0
 #: A transaction that keeps meeting others is given up after this, and its caller decides. The transaction of a process
@@ -143,9 +146,8 @@ class Store:
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
-        """Calls in here may take as long as they take: full counts of large runs."""
-        # None would mean the client's own limit.
-        with pymongo.timeout(0):
+        """Calls in here may take LOOK_TIMEOUT_S, all together: full counts of large runs."""
+        with pymongo.timeout(LOOK_TIMEOUT_S):
             yield
 
     @contextmanager
@@ -244,7 +246,8 @@ def _is_conflict(exc: PyMongoError) -> bool:
     if isinstance(exc, ConnectionFailure):
         return False
     if isinstance(exc, OperationFailure) and exc.code == _INTERRUPTED_CODE:
-        return True
+        # Of a commit that waited for the majority it says nothing: that may have happened.
+        return not isinstance(exc, WriteConcernError)
     if isinstance(exc, BulkWriteError):
         errors = exc.details.get("writeErrors", [])
         return any(error.get("code") == 112 for error in errors) or exc.has_error_label("TransientTransactionError")

@@ -20,7 +20,7 @@ AT_REST = frozenset({"terminal", "dead_lettered", "cancelled"})
 CLOCKS_S = 0.05
 #: From then on a worker may acknowledge what it still runs (setting `acknowledge_after_s`).
 EARLY_S = 60.0
-#: Children notice within that, also on a busy machine, that their worker was killed; some start a handler first.
+#: The children of a worker that was killed are ended within that, also on a busy machine; until then one may start.
 ORPHANS_S = 2.0
 #: Breaches of one invariant that are told in full.
 SHOWN = 10
@@ -299,8 +299,10 @@ def _death(evidence: Evidence, execution: Execution) -> float | None:
     """When the execution's process was killed, by the clock that all processes share."""
     for fault in evidence.faults_of.get(execution.worker, ()):
         dies = fault.what == "kill" or (fault.what == "kill child" and fault.more["child"] == execution.pid)
+        if dies and fault.mono >= execution.started:
+            return fault.mono
         if dies and fault.mono + ORPHANS_S >= execution.started:
-            return max(fault.mono, execution.started)
+            return fault.mono + ORPHANS_S
     return None
 
 

@@ -150,7 +150,7 @@ def test_what_a_killed_process_had_locked_is_freed(project: Project) -> None:
     """Given a process of the same user that was killed in its transaction, then the user may end that."""
     store = Store(project.mongodb_url)
     store.db.job_states.insert_one({"_id": "r/1"})
-    die_in_a_transaction(project.mongodb_url)
+    die_in_a_transaction(project.mongodb_url, "victim")
     try:
         assert eventually(lambda: store.end_transactions("victim")) == 1
     finally:

@@ -9,7 +9,7 @@ from pipeline_app.control import runs
 from pipeline_app.control.results import results
 from pipeline_app.control.seed import seeding
 from pipeline_app.domain.states import DeadKind
-from pipeline_app.runtime import Runtime
+from pipeline_app.runtime import Runtime, process_id
 from pipeline_app.store import messages
 from tests.integration.helpers import attempts, job, prove
 from tests.project import Project
@@ -88,6 +88,7 @@ def test_a_pool(project: Project, rt: Runtime, pool: str) -> None:
     assert "lost" not in {row["outcome"] for row in attempts(rt)}
     (record,) = rt.store.db.workers.find()
     assert (record["pool"], record["state"]) == (pool, "stopped")
+    assert process_id(record["process"]) == record["pid"]
     assert messages.claimed(rt.store) == []
     assert "Exception in thread" not in worker.text
     assert "our own error" not in worker.text

@@ -68,9 +68,11 @@ def test_a_replay_keeps_its_rate(project: Project, broken: Broken) -> None:
     # Below it by what a machine stands still for: that is not made up for.
     assert 100 <= number / (ended - begun).total_seconds() <= 220
     assert (ended - begun).total_seconds() > 3
-    for start_s in (0.0, 0.5, 1.0, 1.5, 2.0):
-        window = [jobs for at, jobs in made if 0 < (at - begun).total_seconds() - start_s <= 2]
-        assert sum(window) <= 400 * 1.25
+    windows = [
+        sum(jobs for at, jobs in made if 0 < (at - begun).total_seconds() - start_s <= 2)
+        for start_s in (0.0, 0.5, 1.0, 1.5, 2.0)
+    ]
+    assert 400 * 0.75 <= max(windows) <= 400 * 1.25
     assert max(jobs for _, jobs in made) <= 200 * replaying.MESSAGE_S
 
     time.sleep(2)

@@ -206,6 +206,21 @@ def seeder_runtime(amqp_url: str, mongodb_url: str) -> Runtime:
     return client_runtime(Settings(amqp_url=amqp_url, mongodb_url=mongodb_url, pipelines=()))
 
 
+def test_a_seeder_that_is_stopped_while_it_publishes(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given Ctrl-C after jobs are in and before they are published, then how many are in has been told."""
+    told: list[int] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rt.publisher, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        seeding.seed(rt, "r", lines(3), progress=told.append)
+
+    assert told == [3]
+    assert rt.store.db.job_states.count_documents({}) == 3
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["stream", "whole"])
 def test_a_seeder_that_was_killed_is_gone_on_with(project: Project, rt: Runtime, whole: bool) -> None:
     """Given a seeder that was killed, when the same jobs are seeded with `skip_existing`, then each is there once."""

@@ -117,7 +117,7 @@ class _Batch:
     """A batch while its seeder works on it."""
 
     def __init__(
-        self, rt: Runtime, plan: RunPlan, progress: Callable[[int], None], *, whole: bool, skip_existing: bool
+        self, rt: Runtime, plan: RunPlan, progress: Progress, *, whole: bool, skip_existing: bool
     ) -> None:
         self.rt = rt
         self.plan = plan
