@@ -226,6 +226,16 @@ class Store:
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return f"mongodb://{user}{at}{place}{slash or '/'}{path}?{'&'.join([*options, 'directConnection=true'])}"
 
+    def reconnect(self) -> None:
+        """Let every call have a new connection.
+
+        pymongo asks a server once for each connection what it can do. One that is opened while the server is neither
+        primary nor secondary, in the middle of an election, has no sessions for as long as it lasts, and nothing public
+        ends it.
+        """
+        for server in list(self._client._topology._servers.values()):
+            server.pool.reset_without_pause()
+
     def close(self) -> None:
         """End the connections."""
         self._client.close()
@@ -270,6 +280,9 @@ def translated(store: Store) -> Iterator[None]:
                 f"MongoDB at {store.address} keeps what was true only for a while, and this look took longer",
                 hint="set its parameter minSnapshotHistoryWindowInSeconds (300 by default) to more",
             ) from exc
+        if isinstance(exc, ConfigurationError) and "Sessions are not supported" in str(exc):
+            store.reconnect()
+            raise StoreError(f"MongoDB at {store.address} was in an election when we connected to it") from exc
         if is_away(exc):
             raise StoreError(
                 f"MongoDB at {store.address} does not answer: {_brief(exc)}",

@@ -128,6 +128,8 @@ class MongoProxy(Proxy):
 
     def __init__(self, url: str) -> None:
         self.hook: Hook = lambda when, command: False
+        #: Whether the server seems to be in an election to those who say hello: neither primary nor secondary.
+        self.is_electing = False
         #: Names under which clients said hello.
         self.clients: set[str] = set()
         super().__init__(url)
@@ -180,6 +182,10 @@ class MongoProxy(Proxy):
                     command = asked.pop(answers, {})
                 if command and self.hook(when, command):
                     break
+                if self.is_electing:
+                    # As long as before, in OP_MSG and in OP_REPLY.
+                    for says in (b"\x08isWritablePrimary\0", b"\x08ismaster\0"):
+                        message = message.replace(says + b"\1", says + b"\0")
                 sink.sendall(message)
         self._drop(source, sink)
 

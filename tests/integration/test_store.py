@@ -289,6 +289,19 @@ def test_a_transaction_that_could_not_be_ended_is_ended_by_the_next(
     store.close()
 
 
+def test_a_connection_that_was_opened_in_an_election(project: Project, rt: Runtime, mongo_proxy: MongoProxy) -> None:
+    """Given a server that was no primary yet when we connected, then it is away, and is not once it is one."""
+    rt.store.db.job_states.insert_one({"_id": "r/1", "n": 0})
+    mongo_proxy.is_electing = True
+    store = Store(mongo_proxy.address(project.mongodb_url))
+    with pytest.raises(StoreError, match="in an election"):
+        write(store)
+    mongo_proxy.is_electing = False
+
+    write(store)
+    store.close()
+
+
 def test_a_look_at_much_may_take_long(project: Project, rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a question that takes longer than a call may, then it fails, unless it is allowed to take its time."""
     monkeypatch.setattr("pipeline_app.store.client.CALL_TIMEOUT_S", 0.5)
