@@ -233,6 +233,8 @@ def test_two_leaders_at_once(project: Project, new_flow: NewFlow) -> None:
     manifests.update(rt.store, "cancelled", {"cancelled_at": rt.store.now()})
     for state in ("open", "closing", "removing"):
         abandoned(rt, state, chosen, state, whole=True)
+    # What their seeders were at is ended: those here live on.
+    rt.store.db.seed_batches.update_many({}, {"$set": {"process": "gone"}})
     rt.store.db.messages.update_many({"state": "open"}, {"$set": {"published_at": None}})
     in_broker(rt, *rt.store.db.partitions.distinct("_id"))
     for collection, field in (

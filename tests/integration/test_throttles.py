@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -64,11 +65,13 @@ def make(project: Project, *stages: Any, **options: Any) -> tuple[Runtime, Pipel
     return rt, chosen
 
 
-def run_on(rt: Runtime, seconds: float, flow: Flow | None = None) -> None:
-    """Let go and run for that long, as the pacing and a worker would."""
+def run_on(rt: Runtime, seconds: float, flow: Flow | None = None, **until: int) -> None:
+    """Let go and run for that long, as the pacing and a worker would; or until so many jobs are in these states."""
     flow = flow or Flow(rt, lambda: False)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
+        if until and Counter(row["state"] for row in rt.store.db.job_states.find()) == until:
+            return
         throttle_release.release_throttled(rt)
         hold_release.release_kept_by_nothing(rt)
         if not pump(rt, flow):
@@ -82,7 +85,7 @@ def test_a_rate_is_kept_and_jobs_go_in_order(project: Project) -> None:
     throttles.set_throttle(rt, selector=SELECTOR, rate=Rate.parse("20/s"), reason="contract", actor="me")
 
     begun = time.monotonic()
-    run_on(rt, 6.0)
+    run_on(rt, 30.0, terminal=60)
 
     prove(rt, terminal=60)
     took = log.times[-1] - begun
@@ -122,7 +125,7 @@ def test_who_comes_later_goes_behind_those_that_wait(project: Project) -> None:
     pump(rt)
     assert by_state(rt, "second") == {"waiting": 3}
 
-    run_on(rt, 1.5)
+    run_on(rt, 4.0)
     prove(rt, "first", terminal=3)
     prove(rt, "second", terminal=3)
     assert not store_throttles.all_of(rt.store)[0]["backlog"]
@@ -162,7 +165,7 @@ def test_a_bound_on_concurrency_is_kept_and_its_locks_are_given_back(project: Pr
     assert len(gate.calls) == 2
     prove(rt, waiting=3, terminal=2)
     assert throttles.listing(rt)[0]["running"] == 0
-    run_on(rt, 1.0, flow)
+    run_on(rt, 30.0, flow, terminal=5)
     prove(rt, terminal=5)
 
 
@@ -179,7 +182,7 @@ def test_a_lock_of_a_worker_that_died_is_taken_back(project: Project) -> None:
     run_on(rt, 0.5)
     assert by_state(rt) == {"waiting": 3}
     throttle_release.unlock_ended(rt)
-    run_on(rt, 1.5)
+    run_on(rt, 30.0, terminal=3)
 
     prove(rt, terminal=3)
 
@@ -190,7 +193,8 @@ def test_a_budget_ends_and_begins_anew_with_its_period(project: Project) -> None
     begin(rt, chosen, lines(10, **TAGS))
     throttles.set_throttle(rt, selector=SELECTOR, budget=Budget.parse("40 tokens/1h"))
 
-    run_on(rt, 1.0)
+    run_on(rt, 30.0, terminal=4, waiting=6)
+    run_on(rt, 0.5)
 
     prove(rt, terminal=4, waiting=6)
     (row,) = throttles.listing(rt)
@@ -198,7 +202,8 @@ def test_a_budget_ends_and_begins_anew_with_its_period(project: Project) -> None
     assert timedelta() < row["period_ends_at"] - rt.store.now() <= timedelta(hours=1)
 
     rt.store.db.throttles.update_one({}, [{"$set": {"created_at": {"$subtract": ["$created_at", 3600_000]}}}])
-    run_on(rt, 1.0)
+    run_on(rt, 30.0, terminal=8, waiting=2)
+    run_on(rt, 0.5)
     prove(rt, terminal=8, waiting=2)
 
 
@@ -223,7 +228,7 @@ def test_a_throttle_that_is_taken_away_lets_its_jobs_go(project: Project) -> Non
 
     (row,) = throttles.clear(rt, selector=SELECTOR)
     assert row["waiting_jobs"] == 4
-    run_on(rt, 0.7)
+    run_on(rt, 30.0, terminal=5)
 
     prove(rt, terminal=5)
 
@@ -257,7 +262,7 @@ def test_a_bound_on_concurrency_lets_whole_chunks_go(project: Project) -> None:
     throttle_release.release_throttled(rt)
 
     assert [len(hint["jobs"]) for hint in rt.store.db.messages.find({"state": "open"})] == [50, 50]
-    run_on(rt, 1.0)
+    run_on(rt, 30.0, terminal=200)
     prove(rt, terminal=200)
 
 
@@ -270,7 +275,7 @@ def test_an_ordered_run_goes_by_priority(project: Project) -> None:
     assert by_state(rt) == {"waiting": 12}
     assert job(rt, "j0")["reason"] == "priority"
 
-    run_on(rt, 1.0)
+    run_on(rt, 30.0, terminal=12)
 
     prove(rt, terminal=12)
     assert log.jobs == sorted(log.jobs, key=lambda name: (-(int(name[1:]) % 3), int(name[1:])))
