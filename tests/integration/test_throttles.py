@@ -91,7 +91,7 @@ def test_a_rate_is_kept_and_jobs_go_in_order(project: Project) -> None:
     took = log.times[-1] - begun
     assert took > 2.8, took
     in_a_second = [sum(at <= other < at + 1 for other in log.times) for at in log.times]
-    assert 15 <= max(in_a_second) <= 22, in_a_second
+    assert 12 <= max(in_a_second) <= 22, in_a_second
     assert log.jobs == [f"j{n}" for n in range(60)]
 
 
