@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -144,11 +144,9 @@ class Store:
         with translated(self), self._client.start_session(snapshot=True) as session:
             yield session
 
-    @contextmanager
-    def unhurried(self) -> Iterator[None]:
+    def unhurried(self) -> AbstractContextManager[None]:
         """Calls in here may take LOOK_TIMEOUT_S, all together: full counts of large runs."""
-        with pymongo.timeout(LOOK_TIMEOUT_S):
-            yield
+        return self.limited(LOOK_TIMEOUT_S)
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
