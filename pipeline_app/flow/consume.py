@@ -35,7 +35,7 @@ from pipeline_app.flow.board import Board
 from pipeline_app.flow.closing import Closings
 from pipeline_app.flow.deadline import OvertakenError, Watchdog
 from pipeline_app.flow.forward import Notes, forward
-from pipeline_app.flow.give_back import give_back
+from pipeline_app.flow.give_back import AGAIN_S, give_back, try_again
 from pipeline_app.flow.group import Group
 from pipeline_app.flow.slots import Slots
 from pipeline_app.flow.throttling import Leave
@@ -160,7 +160,11 @@ class Flow:
 
     def give_up(self, message: str, exc: BaseException) -> None:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
-        _until_known("giving up", message, lambda: self._give_back(message, ErrorRecord.of(exc)))
+        try:
+            _until_known("giving up", message, lambda: self._give_back(message, ErrorRecord.of(exc)))
+        except Exception:
+            logger.exception("cannot give back, trying again in %.0f s: message=%s", AGAIN_S, message)
+            try_again(lambda: self.give_up(message, exc))
 
     def _return(self, work: claim.Work) -> str:
         """The worker stops, and none of its handlers has started: others may have it at once."""

@@ -23,7 +23,7 @@ from pipeline_app.domain.evidence import WORKER_LOST, End, worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.forward import publish_or_leave
-from pipeline_app.flow.give_back import give_back, take_open
+from pipeline_app.flow.give_back import AGAIN_S, give_back, take_open, try_again
 from pipeline_app.runtime import Runtime, process_id
 from pipeline_app.store import messages, workers
 from pipeline_app.store.client import Document, Store
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: Pauses between two tries while the store is away.
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 5.0
-#: What could not be given back for another reason is tried again after this; the others go first.
-AGAIN_S = 10.0
 #: Claims of dead children are looked for this often; one that is seen twice was not reported.
 LOOK_S = 10.0
 
@@ -124,11 +122,8 @@ class Janitor:
             logger.warning("giving back waits: message=%s: %s", task.message, exc)
             return False
         except Exception:
-            # Our own bug, or data that somebody changed. It must not keep the others waiting, nor be left.
             logger.exception("cannot give back, trying again in %.0f s: message=%s", AGAIN_S, task.message)
-            timer = threading.Timer(AGAIN_S, self._add, [task])
-            timer.daemon = True
-            timer.start()
+            try_again(lambda: self._add(task))
         return True
 
     def _give_back_claims(self, task: Task) -> None:

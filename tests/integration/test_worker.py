@@ -131,6 +131,27 @@ def test_a_child_that_died_without_a_word(project: Project, rt: Runtime) -> None
     prove(rt, pending=1)
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_store_that_refuses_what_became_of_a_message(project: Project, rt: Runtime, pool: str) -> None:
+    """Given a store that takes neither the record nor the loss, then a worker that lives gives back once it does."""
+    make_run(project, rt, *items("a"))
+    rt.store.db.command("collMod", "job_attempts", validator={"none": {"$exists": True}})
+
+    with project.worker("-Q", "demo.first", pool=pool, concurrency=1) as worker:
+        worker.wait_for(lambda: "cannot give back" in worker.text, 60)
+        (claim,) = held(rt)
+        rt.store.db.command("collMod", "job_attempts", validator={})
+        wait(rt, stage="first")
+
+        assert held(rt) == []
+        assert len(rt.store.db.workers.distinct("_id")) == 1
+    (lost, ok) = attempts(rt)
+    assert (lost["outcome"], lost["error"]["type"]) == ("lost", "pymongo.errors.BulkWriteError")
+    assert lost["_id"].endswith(claim["_id"])
+    assert ok["outcome"] == "ok"
+    prove(rt, pending=1)
+
+
 def test_a_stage_alone_with_a_partition_that_comes_later(project: Project, rt: Runtime) -> None:
     """Given `-Q demo.first`, then that worker takes every partition of the stage, also a later one, and no other."""
     project.amqp_url = project.services.new_vhost()
