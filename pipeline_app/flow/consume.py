@@ -107,7 +107,7 @@ class Flow:
             ready, refused = gates.sort(self.rt, work)
             chunk = self._chunk(work, stage, refused)
             try:
-                outcomes = refused + handle.handle(chunk, ready)
+                outcomes = handle.handle(chunk, ready)
             except OvertakenError:
                 # It was recorded. In a child of a pool nothing comes after that: its slot is given up with it.
                 logger.warning("ended after its time limit: message=%s task=%s", work.message, work.task)
@@ -117,26 +117,27 @@ class Flow:
         return summary(outcomes)
 
     def _chunk(self, work: claim.Work, stage: Stage, refused: Sequence[Outcome]) -> handle.Chunk:
-        def on_overdue(outcomes: Sequence[Outcome]) -> None:
-            try:
-                self._finish(chunk, [*refused, *outcomes])
-            except Exception as exc:
-                logger.exception("our own error: message=%s", work.message)
-                self.give_up(work.message, exc)
-            self._give_up_slot(work.message)
-
-        chunk = handle.Chunk(
+        return handle.Chunk(
             rt=self.rt,
             work=work,
             stage=stage,
+            refused=refused,
             leave=Leave(self.rt, work),
             closings=self._closings,
             watchdog=self._watchdog,
             board=self.board,
-            on_overdue=on_overdue,
+            on_overdue=self._on_overdue,
             stopping=self._stopping,
         )
-        return chunk
+
+    def _on_overdue(self, chunk: handle.Chunk, outcomes: Sequence[Outcome]) -> None:
+        message = chunk.work.message
+        try:
+            self._finish(chunk, outcomes)
+        except Exception as exc:
+            logger.exception("our own error: message=%s", message)
+            self.give_up(message, exc)
+        self._give_up_slot(message)
 
     def _finish(self, chunk: handle.Chunk, outcomes: Sequence[Outcome]) -> None:
         """Record what became of the message's jobs, and send on what follows."""

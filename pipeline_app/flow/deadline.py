@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import signal
 import sys
@@ -126,7 +127,7 @@ class Watch:
         self._overdue = overdue
         self._frame = _frame_of_caller()
         self._soft = None if soft_s is None else _soft(watchdog, soft_s)
-        self._hard = None if hard_s is None else _Timer(hard_s, self._overtake)
+        self._hard_s = hard_s
         self._settled = threading.Event()
 
     def run(self, call: Callable[[], Value]) -> Value:
@@ -134,9 +135,11 @@ class Watch:
 
         Raises what it raises, SoftTimeLimitExceeded among it; OvertakenError if it ends after the hard limit.
         """
+        # The timer knows us, and we must not know it: the two would be garbage that only the collector finds.
+        hard = None if self._hard_s is None else _Timer(self._hard_s, self._overtake)
         try:
-            if self._hard is not None:
-                self._watchdog.add(self._hard)
+            if hard is not None:
+                self._watchdog.add(hard)
             # Last: from here on the exception may come.
             if self._soft is not None:
                 self._soft.arm()
@@ -147,9 +150,9 @@ class Watch:
                 if self._soft is not None:
                     self._soft.disarm()
             finally:
-                if self._hard is not None:
-                    self._watchdog.drop(self._hard)
-                    if not self._hard.take():
+                if hard is not None:
+                    self._watchdog.drop(hard)
+                    if not hard.take():
                         raise OvertakenError(self._settled)
 
     def _overtake(self) -> None:
@@ -221,8 +224,9 @@ class _Thrown:
     def __init__(self, watchdog: Watchdog, seconds: float) -> None:
         self._watchdog = watchdog
         self._thread = threading.get_ident()
-        self._timer = _Timer(seconds, self._throw)
-        self._thrown = False
+        #: Has an entry once it was set.
+        self._thrown: list[bool] = []
+        self._timer = _Timer(seconds, functools.partial(_throw, self._thread, self._thrown))
 
     def arm(self) -> None:
         self._watchdog.add(self._timer)
@@ -236,9 +240,10 @@ class _Thrown:
         # It may have struck in the handler; if it has not, it must not strike somewhere else.
         _set_exception(self._thread, None)
 
-    def _throw(self) -> None:
-        _set_exception(self._thread, SoftTimeLimitExceeded)
-        self._thrown = True
+
+def _throw(thread: int, thrown: list[bool]) -> None:
+    _set_exception(thread, SoftTimeLimitExceeded)
+    thrown.append(True)
 
 
 def _set_exception(thread: int, exception: type[BaseException] | None) -> None:

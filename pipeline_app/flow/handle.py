@@ -30,30 +30,38 @@ logger = logging.getLogger("pipeline_app.handlers")
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A message of which jobs are to be run, and all that takes part in that."""
+    """A message of which jobs are to be run, and all that takes part in that.
+
+    Nothing in it may lead back to it: what only the collector of garbage finds stays, with the inputs of all jobs, for
+    as long as that pleases.
+    """
 
     rt: Runtime
     work: Work
     stage: Stage
+    #: What became of those of the message's jobs that the gates did not let through.
+    refused: Sequence[Outcome]
     #: What throttles and holds are still to be told is in these two afterwards.
     leave: Leave
     closings: Closings
     watchdog: Watchdog
     board: Board
-    #: Called, in a thread of its own, if a handler runs past its time limit: the outcomes of all jobs, for a record on
-    #: behalf of the thread that is stuck.
-    on_overdue: Callable[[list[Outcome]], None]
+    #: Called, in a thread of its own, if a handler runs past its time limit: with this chunk and the outcomes of all
+    #: jobs, for a record on behalf of the thread that is stuck.
+    on_overdue: Callable[[Chunk, Sequence[Outcome]], None]
     #: Whether the worker stops: then no other of the message's jobs begins.
     stopping: Callable[[], bool] = lambda: False
 
 
 def handle(chunk: Chunk, ready: Sequence[str]) -> list[Outcome]:
-    """The outcome of every job in `ready`, each asked about once more right before its handler.
+    """The outcome of every job: those that were refused, and those in `ready`.
+
+    Each of these is asked about once more right before its handler.
 
     Raises OvertakenError if a handler ran past its time limit and ended after all: `on_overdue` was called then.
     """
     rt, work, leave = chunk.rt, chunk.work, chunk.leave
-    outcomes: list[Outcome] = []
+    outcomes = list(chunk.refused)
     for position, job_id in enumerate(ready):
         if chunk.stopping():
             return outcomes + again(ready[position:])
@@ -120,7 +128,7 @@ def _within_limits(
     def overdue(stack: str) -> None:
         chunk.board.ends()
         late = time_out(chunk.rt, work, stage, job.id, started_at, stack)
-        chunk.on_overdue(with_others(late))
+        chunk.on_overdue(chunk, with_others(late))
 
     if stage.time_limit_s is not None:
         chunk.board.begins(work.message, work.job_ids.index(job.id), stage.time_limit_s)

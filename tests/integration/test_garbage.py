@@ -1,0 +1,100 @@
+"""What a message leaves behind in a process: nothing that only the collector of garbage finds.
+
+A worker runs for weeks. Objects that lead back to each other, with the inputs of all jobs of a message, would stay
+until Python looks through all of its memory, which it does rarely: the process grows meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import pytest
+
+from pipeline_app import Job, PermanentError, RateLimited, Stage
+from pipeline_app.domain.hint import Hint
+from pipeline_app.flow.consume import ChunkFailedError
+from tests.integration.helpers import NewFlow, begin, hints, lines, pipeline
+from tests.project import Project
+
+
+def fine(n: int, job: Job) -> int:
+    return n
+
+
+def fails(n: int) -> None:
+    raise ValueError(n)
+
+
+def buried(n: int) -> None:
+    raise PermanentError(f"not {n}")
+
+
+def limited(n: int) -> None:
+    raise RateLimited(retry_after=60, selector={"provider": f"p{n}"})
+
+
+def slow(n: int) -> None:
+    time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("handler", "options"),
+    [
+        (fine, {}),
+        (fine, {"soft_time_limit": 20, "time_limit": 30}),
+        (slow, {"soft_time_limit": 0.1, "time_limit": 30}),
+        (fails, {}),
+        (buried, {}),
+        (limited, {}),
+    ],
+    ids=["fine", "fine within limits", "over its soft limit", "fails", "buried", "rate limited"],
+)
+def test_garbage_of_messages(
+    project: Project, new_flow: NewFlow, handler: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    """Given messages that ended in this way, in the main thread or another, then reference counting has freed them."""
+    chosen = pipeline(Stage(handler, chunk=2, **options))
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(8, tags={"provider": "p"}))
+    flow = new_flow(rt)
+    first, *others = hints(rt)
+
+    def run(some: Sequence[Hint]) -> None:
+        for hint in some:
+            with nullcontext() if handler is fine else suppress(ChunkFailedError):
+                flow.run(hint)
+
+    # What is made once for each process is made.
+    run([first])
+    with ThreadPoolExecutor(1) as pool:
+
+        def run_here_and_there() -> None:
+            run(others[:2])
+            pool.submit(run, others[2:]).result()
+
+        assert unreachable(run_here_and_there) == []
+
+
+def unreachable(call: Callable[[], None]) -> list[str]:
+    """Our own objects that only the collector found after `call`."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        call()
+        gc.collect()
+        return [repr(found)[:100] for found in gc.garbage if _is_ours(found)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def _is_ours(found: object) -> bool:
+    names = (type(found).__module__, getattr(found, "__module__", None))
+    return any(isinstance(name, str) and name.startswith("pipeline_app.") for name in names)
