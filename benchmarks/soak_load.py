@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak_load SECONDS RATE
 
-One in fifty jobs fails once and is tried again, one in five hundred is buried; a provider limits its callers in the
-first two seconds of each minute. A new run begins every minute, because what is remembered of runs is remembered by
-every process.
+One in fifty jobs fails once and is tried again, alone in its partition: its message fails as a whole, and Celery keeps
+its traceback. One in five hundred is buried; a provider limits its callers in the first two seconds of each minute. A
+new run begins every minute, because what is remembered of runs is remembered by every process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline_app.control.seed import seeding
 RUN_S = 60.0
 #: Jobs come in a few at a time, as from a source that is asked now and then.
 TICK_S = 0.5
-KINDS, PROVIDERS = 4, 10
+KINDS, PROVIDERS, FAILS = 4, 10, 50
 LIMITED, LIMITED_S = "p7", 2.0
 
 #: KiB of each job that a handler keeps for ever: what the soak is there to find.
@@ -41,6 +41,11 @@ class Item(BaseModel):
     text: str
 
 
+def fails_once(n: int) -> bool:
+    """Whether that job's first attempt fails."""
+    return n % FAILS == FAILS - 1
+
+
 def fetch(item: Item, job: Job) -> Item:
     """Fails now and then, as what is fetched from others does."""
     if LEAK_KB:
@@ -49,7 +54,7 @@ def fetch(item: Item, job: Job) -> Item:
         raise RateLimited(retry_after=LIMITED_S, selector={"provider": LIMITED})
     if item.n % 500 == 499:
         raise PermanentError("one in five hundred")
-    if item.n % 50 == 49 and job.attempt == 1:
+    if fails_once(item.n) and job.attempt == 1:
         raise ConnectionError(f"nobody answered for {item.n}")
     time.sleep(0.005)
     return item
@@ -84,7 +89,7 @@ def paced(start: float, numbers: Iterator[int], rate: float, until: float) -> It
         if time.monotonic() >= until:
             return
         for n in itertools.islice(numbers, max(1, round(rate * TICK_S))):
-            tags = {"kind": "abcdefgh"[n % KINDS], "provider": f"p{n % PROVIDERS}"}
+            tags = {"kind": "alone" if fails_once(n) else "abcdefgh"[n % KINDS], "provider": f"p{n % PROVIDERS}"}
             yield {"job_id": f"j{n}", "payload": {"n": n, "text": f"{n:016x}" * 16}, "tags": tags}
 
 

@@ -310,6 +310,13 @@ class StageTask(Task):  # type: ignore[misc]  # Celery ships no types
                 raise PipelineError("out of memory between claim and record") from exc
             raise
 
+    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:  # noqa: ARG002
+        """Celery's last word on a task. What is raised leads to the tracer's frame, and that back to what is raised."""
+        if isinstance(retval, BaseException):
+            # Both would stay, with half a megabyte of Celery's copies of code, until the collector of garbage finds
+            # them. To it that is a handful of objects, so it does not look: workers grew by it for hours.
+            retval.__traceback__ = None
+
     def _park(self, args: Sequence[Any], kwargs: dict[str, Any], reason: str) -> str:
         """Keep a message that is in our queue and is none of ours."""
         rt = self._flow().rt

@@ -14,8 +14,10 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
+from celery.app.trace import trace_task
 
 from pipeline_app import Job, PermanentError, RateLimited, Stage
+from pipeline_app.application import make_celery
 from pipeline_app.domain.hint import Hint
 from pipeline_app.flow.consume import ChunkFailedError
 from tests.integration.helpers import NewFlow, begin, hints, lines, pipeline
@@ -80,8 +82,31 @@ def test_garbage_of_messages(
         assert unreachable(run_here_and_there) == []
 
 
+def test_garbage_of_a_task_that_failed(project: Project, new_flow: NewFlow) -> None:
+    """Given messages that failed as a whole, then what Celery keeps of each task's traceback is freed with it."""
+    chosen = pipeline(Stage(fails, chunk=2))
+    rt = project.runtime(chosen)
+    begin(rt, chosen, lines(6))
+    flow = new_flow(rt)
+    app = make_celery(rt.settings, {chosen.name: chosen}, lambda: flow)
+    task = app.tasks[f"{chosen.name}.fails"]
+    states = []
+
+    def run(some: Sequence[Hint]) -> None:
+        for hint in some:
+            request = {"id": hint.message, "delivery_info": {}, "hostname": "here"}
+            done = trace_task(task, hint.message, [hint.as_dict()], {}, request, app=app)
+            states.append(done.info.state)
+
+    first, *others = hints(rt)
+    run([first])
+
+    assert unreachable(lambda: run(others)) == []
+    assert states == ["FAILURE"] * 3
+
+
 def unreachable(call: Callable[[], None]) -> list[str]:
-    """Our own objects that only the collector found after `call`."""
+    """Objects of ours, and of tracebacks, that only the collector found after `call`."""
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
@@ -97,4 +122,4 @@ def unreachable(call: Callable[[], None]) -> list[str]:
 
 def _is_ours(found: object) -> bool:
     names = (type(found).__module__, getattr(found, "__module__", None))
-    return any(isinstance(name, str) and name.startswith("pipeline_app.") for name in names)
+    return any(isinstance(name, str) and name.startswith(("pipeline_app.", "billiard.")) for name in names)
