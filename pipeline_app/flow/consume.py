@@ -313,7 +313,7 @@ class StageTask(Task):  # type: ignore[misc]  # Celery ships no types
     def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:  # noqa: ARG002
         """Celery's last word on a task. What is raised leads to the tracer's frame, and that back to what is raised."""
         if isinstance(retval, BaseException):
-            # Both would stay, with half a megabyte of Celery's copies of code, until the collector of garbage finds
+            # Both would stay, with some 400 KB of Celery's copies of code, until the collector of garbage finds
             # them. To it that is a handful of objects, so it does not look: workers grew by it for hours.
             retval.__traceback__ = None
 
