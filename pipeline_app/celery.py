@@ -106,5 +106,6 @@ def _revoked(request: Any = None, **_: Any) -> None:
         Follow.process.janitor.revoked(task_id)
 
 
+signals.worker_before_create_process.connect(Follow.process.before_fork)
 signals.worker_shutdown.connect(Follow.process.leave)
 signals.task_revoked.connect(_revoked)

@@ -17,4 +17,6 @@
     board.py     what children of a pool tell their main process by shared memory
     slots.py     handlers that may run at once in a pool of threads
     group.py     lets threads that ask for the same thing at the same time share one round trip
+    later.py     tries again what could not be given back
+    frames.py    cuts what was raised off the frames that it keeps alive
 """

@@ -35,8 +35,10 @@ from pipeline_app.flow.board import Board
 from pipeline_app.flow.closing import Closings
 from pipeline_app.flow.deadline import OvertakenError, Watchdog
 from pipeline_app.flow.forward import Notes, forward
-from pipeline_app.flow.give_back import AGAIN_S, give_back, try_again
+from pipeline_app.flow.frames import let_go
+from pipeline_app.flow.give_back import give_back
 from pipeline_app.flow.group import Group
+from pipeline_app.flow.later import AGAIN_S, Later
 from pipeline_app.flow.slots import Slots
 from pipeline_app.flow.throttling import Leave
 from pipeline_app.runtime import Runtime
@@ -83,6 +85,7 @@ class Flow:
         #: Whether the worker's lease can be valid: what is claimed under one that has ended is taken away again.
         self._leased = leased
         self._closings = Closings(rt)
+        self._later = Later()
         self._claims: Group[str, claim.Work | None] = Group(claim.Claims(rt))
         self._records: Group[record.Record, list[Document]] = Group(
             lambda rows: record.record_together(rt, rows), limit=RECORD_JOBS, weight=record.weight
@@ -161,11 +164,14 @@ class Flow:
 
     def give_up(self, message: str, exc: BaseException) -> None:
         """Our own bug between claim and record: contain it as a lost attempt, so that the jobs go on or are buried."""
+        self._give_up(message, ErrorRecord.of(exc))
+
+    def _give_up(self, message: str, lost: ErrorRecord) -> None:
         try:
-            _until_known("giving up", message, lambda: self._give_back(message, ErrorRecord.of(exc)))
+            _until_known("giving up", message, lambda: self._give_back(message, lost))
         except Exception:
             logger.exception("cannot give back, trying again in %.0f s: message=%s", AGAIN_S, message)
-            try_again(lambda: self.give_up(message, exc))
+            self._later.add(message, lambda: self._give_up(message, lost))
 
     def _return(self, work: claim.Work) -> str:
         """The worker stops, and none of its handlers has started: others may have it at once."""
@@ -311,11 +317,10 @@ class StageTask(Task):  # type: ignore[misc]  # Celery ships no types
             raise
 
     def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:  # noqa: ARG002
-        """Celery's last word on a task. What is raised leads to the tracer's frame, and that back to what is raised."""
+        """Celery's last word on a task that ended well or failed. Its tracer's frame keeps what the task raised."""
         if isinstance(retval, BaseException):
-            # Both would stay, with some 400 KB of Celery's copies of code, until the collector of garbage finds
-            # them. To it that is a handful of objects, so it does not look: workers grew by it for hours.
-            retval.__traceback__ = None
+            # With the frame some 400 KB of Celery's copies of code would stay: workers grew by that for hours.
+            let_go(retval)
 
     def _park(self, args: Sequence[Any], kwargs: dict[str, Any], reason: str) -> str:
         """Keep a message that is in our queue and is none of ours."""

@@ -108,13 +108,17 @@ class Watchdog:
         with self._changed:
             while True:
                 now = time.monotonic()
-                for timer in self._timers.copy():
-                    if timer.at <= now:
-                        self._timers.pop(timer, None)
-                        if timer.take():
-                            timer.act()
+                self._act_on_those_before(now)
                 self._looks_at = min((timer.at for timer in self._timers.copy()), default=_NEVER)
                 self._changed.wait(None if self._looks_at == _NEVER else max(0.0, self._looks_at - now))
+
+    def _act_on_those_before(self, now: float) -> None:
+        # A function of its own: while the thread waits, no variable keeps the last timer and its message.
+        for timer in self._timers.copy():
+            if timer.at <= now:
+                self._timers.pop(timer, None)
+                if timer.take():
+                    timer.act()
 
 
 class Watch:

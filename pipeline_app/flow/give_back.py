@@ -6,8 +6,7 @@ whose lease has ended. Nobody waits for a lease if the worker could still say go
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from pipeline_app.domain.job import job_key
@@ -20,8 +19,6 @@ from pipeline_app.store import attempts, jobs, messages, transition
 from pipeline_app.store.client import Document
 from pipeline_app.store.transition import JobMove, NotFittingError, Place, Transition
 
-#: What could not be given back although the store is there is tried again after this.
-AGAIN_S = 10.0
 #: A job that takes its whole worker down each time must end, too; one whose workers are killed from outside should not.
 UNSURE_LOSSES = 4
 
@@ -66,17 +63,6 @@ def give_back(
             if exc.messages:
                 return []  # recorded or given back by somebody else meanwhile
             # else some of its jobs moved on (cancelled): look again
-
-
-def try_again(ask: Callable[[], object]) -> None:
-    """Call `ask` after AGAIN_S, from another thread, when giving back failed although the store is there.
-
-    That is a bug of ours, or data that somebody changed. It must not keep the others waiting; nor be left, for the
-    worker lives and nobody else gives back what it has claimed.
-    """
-    timer = threading.Timer(AGAIN_S, ask)
-    timer.daemon = True
-    timer.start()
 
 
 def _count_replayed(whole: Transition, place: Place, rows: Iterable[Document]) -> None:

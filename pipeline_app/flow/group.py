@@ -59,8 +59,13 @@ class Group(Generic[Item, Result]):
             place.woken.wait()
             if not place.done:
                 self._lead(place)
-        if place.error is not None:
-            raise place.error
+        error, place.error = place.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # It leads to this frame: kept in it, the two would be garbage that only the collector finds.
+                del error
         return place.result  # type: ignore[return-value]  # set whenever done without an error
 
     def _lead(self, own: _Place[Item, Result]) -> None:

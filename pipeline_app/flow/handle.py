@@ -22,6 +22,7 @@ from pipeline_app.flow.claim import Work
 from pipeline_app.flow.closing import Closings
 from pipeline_app.flow.deadline import OvertakenError, Watch, Watchdog, time_limit_error
 from pipeline_app.flow.execute import execute, permanent_kind
+from pipeline_app.flow.frames import let_go
 from pipeline_app.flow.throttling import Leave
 from pipeline_app.runtime import Runtime
 
@@ -32,8 +33,8 @@ logger = logging.getLogger("pipeline_app.handlers")
 class Chunk:
     """A message of which jobs are to be run, and all that takes part in that.
 
-    Nothing in it may lead back to it: what only the collector of garbage finds stays, with the inputs of all jobs, for
-    as long as that pleases.
+    Nothing in it may lead back to it once its handlers have ended: it would stay, with the inputs of all jobs, until
+    the collector of garbage finds it.
     """
 
     rt: Runtime
@@ -233,7 +234,10 @@ def _failed(
 
 
 def _error(exc: BaseException) -> ErrorRecord:
-    """The record of what the handler raised, here or in a process of its own."""
+    """The record of what the handler raised, here or in a process of its own; its frames are let go."""
     if isinstance(exc, (alone.FailedAloneError, alone.RateLimitedAloneError)):
         return exc.error
-    return ErrorRecord.of(exc)
+    record = ErrorRecord.of(exc)
+    # Handlers keep what they caught, to raise it when all their tries have failed.
+    let_go(exc)
+    return record

@@ -53,10 +53,15 @@ def connect(url: str, **options: Any) -> Connection:
             problem = exc
             continue
         _answered[url] = address
+        problem = None  # as below
         return connection
     if problem is None:
         raise UsageError("AMQP_URL names no address")
-    raise broker_error(redact(url), problem) from problem
+    try:
+        raise broker_error(redact(url), problem) from problem
+    finally:
+        # It leads to this frame: kept in it, the two would be garbage that only the collector finds.
+        del problem
 
 
 def client_errors(connection: Connection | None) -> tuple[type[BaseException], ...]:

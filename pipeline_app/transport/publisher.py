@@ -202,7 +202,8 @@ class Publisher:
         try:
             connection = connect(self._url, **(_time_limits() if self._confirms else {}))
         except BrokerError as exc:
-            self._away = exc.with_traceback(None)
+            # Not the error itself: with its traceback it would keep what was to be published.
+            self._away = BrokerError(exc.message, hint=exc.hint)
             self._not_before = time.monotonic() + self._pause
             self._pause = min(max(self._pause * 2, FIRST_PAUSE_S), LONGEST_PAUSE_S)
             raise

@@ -23,7 +23,8 @@ from pipeline_app.domain.evidence import WORKER_LOST, End, worker_lost
 from pipeline_app.domain.outcome import ErrorRecord
 from pipeline_app.errors import StoreError
 from pipeline_app.flow.forward import publish_or_leave
-from pipeline_app.flow.give_back import AGAIN_S, give_back, take_open, try_again
+from pipeline_app.flow.give_back import give_back, take_open
+from pipeline_app.flow.later import AGAIN_S, Later
 from pipeline_app.runtime import Runtime, process_id
 from pipeline_app.store import messages, workers
 from pipeline_app.store.client import Document, Store
@@ -55,6 +56,7 @@ class Janitor:
         self._runtime = runtime
         self._shared = shared
         self._todo: queue.Queue[Task] = queue.Queue()
+        self._later = Later()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -123,7 +125,7 @@ class Janitor:
             return False
         except Exception:
             logger.exception("cannot give back, trying again in %.0f s: message=%s", AGAIN_S, task.message)
-            try_again(lambda: self._add(task))
+            self._later.add(task.message, lambda: self._add(task))
         return True
 
     def _give_back_claims(self, task: Task) -> None:

@@ -11,16 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from celery.app.trace import trace_task
 
 from pipeline_app import Job, PermanentError, RateLimited, Stage
-from pipeline_app.application import make_celery
+from pipeline_app.application import make_celery, prepare
+from pipeline_app.control import runs
+from pipeline_app.control.results import results
+from pipeline_app.control.seed import seeding
 from pipeline_app.domain.hint import Hint
 from pipeline_app.flow.consume import ChunkFailedError
-from tests.integration.helpers import NewFlow, begin, hints, lines, pipeline
+from tests.integration.helpers import NewFlow, attempts, begin, hints, lines, outcomes, pipeline
 from tests.project import Project
 
 
@@ -32,6 +37,25 @@ def fails(n: int) -> None:
     raise ValueError(n)
 
 
+def fails_after_tries(n: int) -> None:
+    """Keeps what it caught in its own frame, as loops of tries do."""
+    last: Exception | None = None
+    for _ in range(2):
+        try:
+            fails(n)
+        except ValueError as exc:
+            last = exc
+    assert last is not None
+    raise last
+
+
+def fails_for_a_reason(n: int) -> None:
+    try:
+        fails_after_tries(n)
+    except ValueError as exc:
+        raise RuntimeError("it had a reason") from exc
+
+
 def buried(n: int) -> None:
     raise PermanentError(f"not {n}")
 
@@ -41,7 +65,8 @@ def limited(n: int) -> None:
 
 
 def slow(n: int) -> None:
-    time.sleep(5)
+    for _ in range(500):
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +76,21 @@ def slow(n: int) -> None:
         (fine, {"soft_time_limit": 20, "time_limit": 30}),
         (slow, {"soft_time_limit": 0.1, "time_limit": 30}),
         (fails, {}),
+        (fails_after_tries, {}),
+        (fails_for_a_reason, {}),
         (buried, {}),
         (limited, {}),
     ],
-    ids=["fine", "fine within limits", "over its soft limit", "fails", "buried", "rate limited"],
+    ids=[
+        "fine",
+        "fine within limits",
+        "over its soft limit",
+        "fails",
+        "fails after tries",
+        "fails for a reason",
+        "buried",
+        "rate limited",
+    ],
 )
 def test_garbage_of_messages(
     project: Project, new_flow: NewFlow, handler: Callable[..., Any], options: dict[str, Any]
@@ -80,6 +116,8 @@ def test_garbage_of_messages(
             pool.submit(run, others[2:]).result()
 
         assert unreachable(run_here_and_there) == []
+    expected = {fine: "ok", limited: "deferred"}.get(handler, "failed")
+    assert outcomes(attempts(rt)) == [expected] * 8
 
 
 def test_garbage_of_a_task_that_failed(project: Project, new_flow: NewFlow) -> None:
@@ -105,6 +143,35 @@ def test_garbage_of_a_task_that_failed(project: Project, new_flow: NewFlow) -> N
     assert states == ["FAILURE"] * 3
 
 
+COUNTING = """
+import gc
+
+from pipeline_app import Pipeline, Stage
+
+
+def first(n: int) -> dict:
+    return {"frozen": gc.get_freeze_count()}
+
+
+demo = Pipeline("demo", stages=[Stage(first)])
+"""
+
+
+def test_children_share_what_was_there_before(project: Project) -> None:
+    """Given a worker whose children are forked, then their collectors leave what they share with it alone."""
+    rt = project.runtime()
+    prepare(rt)
+    project.write("stages.py", COUNTING)
+    project.json("run", "init", "r", "--pipeline", "demo")
+    seeding.seed(rt, "r", lines(1))
+
+    with project.worker(pool="prefork", concurrency=1):
+        runs.wait(rt, "r", timeout_s=60)
+
+    (result,) = results(rt, "r")
+    assert result["result"]["frozen"] > 10_000
+
+
 def unreachable(call: Callable[[], None]) -> list[str]:
     """Objects of ours, and of tracebacks, that only the collector found after `call`."""
     gc.collect()
@@ -121,5 +188,7 @@ def unreachable(call: Callable[[], None]) -> list[str]:
 
 
 def _is_ours(found: object) -> bool:
+    if isinstance(found, FrameType):
+        return "pipeline_app" in Path(found.f_code.co_filename).parts or found.f_code.co_filename == __file__
     names = (type(found).__module__, getattr(found, "__module__", None))
     return any(isinstance(name, str) and name.startswith(("pipeline_app.", "billiard.")) for name in names)

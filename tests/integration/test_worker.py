@@ -144,10 +144,12 @@ def test_a_store_that_refuses_what_became_of_a_message(project: Project, rt: Run
         wait(rt, stage="first")
 
         assert held(rt) == []
-        assert len(rt.store.db.workers.distinct("_id")) == 1
+        assert worker.process.poll() is None
     (lost, ok) = attempts(rt)
     assert (lost["outcome"], lost["error"]["type"]) == ("lost", "pymongo.errors.BulkWriteError")
     assert lost["_id"].endswith(claim["_id"])
+    assert "Document failed validation" in lost["error"]["traceback"]
+    assert lost["error"]["frame"]
     assert ok["outcome"] == "ok"
     prove(rt, pending=1)
 
