@@ -37,31 +37,36 @@ def connect(url: str, **options: Any) -> Connection:
     """
     first = _answered.get(url)
     problem: BaseException | None = None
-    for address in sorted(addresses(url), key=lambda address: address != first):
-        try:
-            connection = Connection(address, connect_timeout=CONNECT_TIMEOUT_S, heartbeat=0, transport_options=options)
-            errors = client_errors(connection)
-        except (KeyError, ValueError) as exc:
-            # What kombu says of a URL that it cannot read may hold a piece of the password.
-            known = redact(str(exc)) if isinstance(exc, KeyError) else "it cannot be read"
-            raise UsageError(f"AMQP_URL is not a broker's URL: {known}") from None
-        try:
-            # Once: kombu's own connect() would wait two seconds, and try the same address again.
-            connection.ensure_connection(max_retries=0, reraise_as_library_errors=False)
-        except errors as exc:
-            connection.collect(socket_timeout=1)
-            problem = exc
-            continue
-        _answered[url] = address
-        problem = None  # as below
-        return connection
-    if problem is None:
-        raise UsageError("AMQP_URL names no address")
     try:
+        for address in sorted(addresses(url), key=lambda address: address != first):
+            connection = _connection(address, options)
+            try:
+                # Once: kombu's own connect() would wait two seconds, and try the same address again.
+                connection.ensure_connection(max_retries=0, reraise_as_library_errors=False)
+            except client_errors(connection) as exc:
+                connection.collect(socket_timeout=1)
+                problem = exc
+                continue
+            _answered[url] = address
+            return connection
+        if problem is None:
+            raise UsageError("AMQP_URL names no address")
         raise broker_error(redact(url), problem) from problem
     finally:
         # It leads to this frame: kept in it, the two would be garbage that only the collector finds.
         del problem
+
+
+def _connection(address: str, options: dict[str, Any]) -> Connection:
+    """A connection that is not open yet. Raises UsageError."""
+    try:
+        connection = Connection(address, connect_timeout=CONNECT_TIMEOUT_S, heartbeat=0, transport_options=options)
+        client_errors(connection)
+    except (KeyError, ValueError) as exc:
+        # What kombu says of a URL that it cannot read may hold a piece of the password.
+        known = redact(str(exc)) if isinstance(exc, KeyError) else "it cannot be read"
+        raise UsageError(f"AMQP_URL is not a broker's URL: {known}") from None
+    return connection
 
 
 def client_errors(connection: Connection | None) -> tuple[type[BaseException], ...]:

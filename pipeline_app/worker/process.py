@@ -57,6 +57,7 @@ class WorkerProcess:
         self._left = False
         #: Whether everything was given back.
         self._said_goodbye = False
+        self._frozen = False
 
     def before_fork(self, **_: Any) -> None:
         """Keep the collector of garbage off all that is there before the first child is forked.
@@ -64,9 +65,10 @@ class WorkerProcess:
         It writes into every object that it looks at, in a child or, before each fork, in this process: the pages that
         they share would become copies, 17 MiB for each process.
         """
-        if not gc.get_freeze_count():
+        if not self._frozen:
             gc.collect()
             gc.freeze()
+            self._frozen = True
 
     def tune(self, consumer: Any) -> None:
         """Bring the pool to what stages need, before its first task."""
@@ -137,11 +139,11 @@ class WorkerProcess:
                     raise
                 except Exception:
                     # Our own bug, or data that somebody changed: no reason not to end, nor for the others to wait.
-                    logger.exception("cannot give back, the lease will end: message=%s", row["_id"])
+                    # Where the worker is not there any more, the sweep tries again.
+                    logger.exception("cannot give back: message=%s", row["_id"])
                     whole = False
             publish_or_leave(rt, fresh)
-            if whole:
-                lifeline.end(rt.store)
+            lifeline.end(rt.store)
         except StoreError as exc:
             logger.warning("could not say goodbye, the lease will end: %s", exc)
             return False

@@ -122,7 +122,11 @@ class Recycling:
         ends_at = time.monotonic() + self._patience_s()
         while self._runs() and time.monotonic() < ends_at:
             time.sleep(0.05)
-        self._process.leave_now()
+        try:
+            self._process.leave_now()
+        except Exception:
+            # A worker that neither works nor ends would be worse than a lease that has to end.
+            logger.exception("leaving")
         end_children()
         self._end()
 

@@ -154,6 +154,25 @@ def test_a_store_that_refuses_what_became_of_a_message(project: Project, rt: Run
     prove(rt, pending=1)
 
 
+def test_a_worker_that_cannot_give_back_ends(project: Project, rt: Runtime) -> None:
+    """Given a store that takes nothing of a message, when its worker stops, then it ends, and others take it back."""
+    make_run(project, rt, *items("a"))
+    rt.store.db.command("collMod", "pipeline_events", validator={"none": {"$exists": True}})
+    with project.worker("-Q", "demo.first", pool="threads", concurrency=1) as worker:
+        worker.wait_for(lambda: "cannot give back, trying again" in worker.text, 60)
+        assert worker.stop() == 0, worker.text[-4000:]
+    assert len(held(rt)) == 1
+    (record,) = rt.store.db.workers.find()
+    assert record["state"] == "stopped"
+
+    rt.store.db.command("collMod", "pipeline_events", validator={})
+    with project.worker("-Q", "demo.first"):
+        wait(rt, stage="first")
+
+    assert outcomes(attempts(rt)) == ["lost", "ok"]
+    prove(rt, pending=1)
+
+
 def test_a_stage_alone_with_a_partition_that_comes_later(project: Project, rt: Runtime) -> None:
     """Given `-Q demo.first`, then that worker takes every partition of the stage, also a later one, and no other."""
     project.amqp_url = project.services.new_vhost()
